@@ -1,0 +1,311 @@
+"""The command line: LightningCLI with the rules of a run (folders, resuming, saved config) and one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from omegaconf.errors import OmegaConfBaseException
+
+import lit_diffrl.data
+import lit_diffrl.methods  # noqa: F401  their classes are known by short names once imported
+from lit_diffrl import runs
+from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods.base import CHECKPOINT_KEY, Method
+from lit_diffrl.methods.loading import read_checkpoint
+from lit_diffrl.rollout.callback import RolloutEvaluation
+from lit_diffrl.rollout.checkpoints import BestCheckpoint
+from lit_diffrl.run_callbacks import ConfiguredOptimizers, RunProgressBar, SaveRunConfig
+from lit_diffrl.typos import Names, find_class, last_option, options, read_config, shorten
+
+# Batches are indexed from memory; a resumed run's folder is not empty, a branched run's is another; curves count
+# updates across epochs; averaged and target networks stay in eval mode; the last is between Lightning and torch.
+EXPECTED_WARNINGS = (
+    "does not have many workers",
+    "exists and is not empty",
+    "dirpath has changed",
+    "smaller than the logging interval",
+    r"module\(s\) in eval mode at the start of training",
+    "LeafSpec",
+)
+BASES: dict[str, type] = {"model": Method, "data": LightningDataModule}
+TRAINER_CLASSES: dict[str, type] = {"trainer.callbacks": Callback, "trainer.logger": Logger}
+
+
+class DiffRLCLI(LightningCLI):
+    """One command line for all methods, data modules and subcommands.
+
+    Args:
+        args: Arguments without the program's name.
+    """
+
+    folder: Path
+    epochs_done: int = 0
+    batches_done: int | None = None
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            Method,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveRunConfig,
+            parser_kwargs={
+                "prog": "python -m lit_diffrl",
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
+            trainer_defaults={
+                "num_sanity_val_steps": 0,
+                # Guidance differentiates while it samples, which inference mode forbids.
+                "inference_mode": False,
+                # The data module draws each rank's own batches.
+                "use_distributed_sampler": False,
+                "log_every_n_steps": 20,
+            },
+            args=args,
+        )
+
+    # ---------------------------------------------------------------- parsing
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Subcommands, with the Trainer's arguments that are no options."""
+        skip = {"model", "dataloaders", "datamodule", "weights_only", "verbose"}
+        return {
+            "fit": (skip - {"verbose", "dataloaders"}) | {"train_dataloaders", "val_dataloaders"},
+            "validate": skip,
+            "test": skip,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the evaluation and the run folder's name."""
+        parser.add_lightning_class_args(RolloutEvaluation, "rollout")
+        parser.add_argument("--run", type=str | None, default=None, help="Name of the run; default: the time of day.")
+        parser.add_argument("--logs", type=str, default="tb_logs", help="Folder of all runs.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check names, parse, and settle which checkpoint and which run folder are meant."""
+        args = with_own_config(list(args))
+        subcommand = args[0]
+        known = Names((a.dest for a in self._subcommand_parsers[subcommand]._actions), BASES)
+        known.check(args[1:])
+        for note in known.notes:
+            say(f"note: {note}", error=True)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ConfigError(shorten(str(error), TRAINER_CLASSES)) from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(known.explain_interpolation(str(error))) from error
+        self._settle_run(subcommand, self.config[subcommand])
+        self.save_config_kwargs = {"folder": self.folder}
+
+    def _settle_run(self, subcommand: str, config: jsonargparse.Namespace) -> None:
+        logs = Path(config.logs).expanduser()
+        method = find_class("model", config.model.class_path, Method)
+        dataset = (config.data.get("init_args") or {}).get("dataset") or "data"
+        parent = logs / method.__name__.lower() / runs.dataset_slug(dataset)
+        fit, given, name = subcommand == "fit", config.ckpt_path, config.run
+        if given is None:
+            if not fit:
+                raise ConfigError(
+                    f"{subcommand} needs --ckpt_path: a file, or 'last' or 'best' for the newest of these"
+                )
+            # Only the first process may ask: by the time others do, it may have begun to write.
+            self.folder = runs.new_run(parent, name) if first_process() else parent / (name or "rank")
+            return
+        checkpoint = runs.find_checkpoint(given, logs, f"{parent.relative_to(logs)}/{name or '*'}")
+        own = runs.run_folder(checkpoint)
+        if not fit and name is not None and name != own.name:
+            raise ConfigError(f"{subcommand} writes beside its checkpoint, into {own}: leave out --run {name}")
+        content = read_checkpoint(checkpoint)
+        check_method(checkpoint, content[CHECKPOINT_KEY]["method"], method)
+        self.epochs_done = content["epoch"] + 1
+        config.ckpt_path = str(checkpoint)
+        target = None if given in runs.ALIASES or name is None else parent / name
+        if not fit or runs.continues(checkpoint, target):
+            self.folder = own
+            # A killed run may have drawn its curves beyond its last checkpoint: they are drawn again from there.
+            self.batches_done = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+        else:
+            self.folder = runs.new_run(parent, target.name if target else None)
+
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI writes the checkpoint's hyperparameters over the config and the command line here. With us these
+        # decide, and Method refuses a checkpoint that does not fit them.
+        return
+
+    # ---------------------------------------------------------------- building
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer of this run: length from the method's phases, logger, checkpoints, progress bar."""
+        config = self._get(self.config_init, "trainer")
+        if config["max_epochs"] is None and config["max_steps"] == -1:
+            kwargs["max_epochs"] = self.model.total_epochs
+        if config["default_root_dir"] is None:
+            kwargs["default_root_dir"] = str(self.folder)
+        if config["logger"] in (None, True):
+            # An evaluation must not add points to the curves of training.
+            kwargs["logger"] = self.subcommand == "fit" and TensorBoardLogger(
+                str(self.folder.parent),
+                name="",
+                version=self.folder.name,
+                default_hp_metric=False,
+                purge_step=self.batches_done,
+            )
+        given = config["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        config["callbacks"] = [*given, *self._own_callbacks(config, given)]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigError(f"--trainer: {error}") from error
+
+    def _own_callbacks(self, config: Any, given: list[Callback]) -> list[Callback]:
+        callbacks: list[Callback] = [ConfiguredOptimizers()] if self.subcommand == "fit" else []
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
+            callbacks.append(RunProgressBar())
+        if config["enable_checkpointing"] is not False:
+            folder = str(self.folder / "checkpoints")
+            # One file each, replaced in place. `last` comes second: it then holds what `best` has just noted.
+            last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+            callbacks += [BestCheckpoint(folder), last]
+        return callbacks
+
+    # ---------------------------------------------------------------- running
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            raise ConfigError(f"--trainer: {error}") from error
+        except SystemExit as stop:
+            # Lightning ends an interrupted run this way, after saving nothing more: last.ckpt is of the last epoch.
+            self.stopped()
+            number = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+            sys.exit(128 + number)
+
+    def before_fit(self) -> None:
+        """Say what is about to happen."""
+        trainer, start = self.trainer, self.config.fit.ckpt_path
+        device = f"{trainer.world_size} {trainer.strategy.root_device.type}"
+        epochs = trainer.max_epochs or -1
+        length = f"{epochs} epochs" if epochs > 0 else f"{trainer.max_steps} optimizer steps"
+        where = "keeping nothing" if self._get(self.config, "trainer").fast_dev_run else f"into {self.folder}"
+        say(f"{type(self.model).__name__}: {length} on {device}, {where}")
+        if start:
+            kind = "continuing" if runs.continues(Path(start), self.folder) else "a new run, starting"
+            say(f"{kind} from {start}, which has {self.epochs_done} epochs")
+            if 0 < epochs <= self.epochs_done:
+                say("nothing is left to train; --trainer.max_epochs trains longer")
+
+    def after_fit(self) -> None:
+        """Say where the run is and what can be done with it."""
+        saved = self.folder / "checkpoints"
+        best = next((saved / n for n in ("best.ckpt", "last.ckpt") if (saved / n).is_file()), None)
+        if best is None:
+            return
+        say(f"\nrun       {self.folder}")
+        say(f"curves    tensorboard --logdir {self.config.fit.logs}")
+        say(f"evaluate  python -m lit_diffrl test --ckpt_path {best}")
+
+    def stopped(self) -> None:
+        """Say how an interrupted run is continued."""
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if self.subcommand == "fit" and last.is_file():
+            say(f"\nstopped in epoch {self.trainer.current_epoch + 1}; continue with:")
+            say(f"  python -m lit_diffrl fit --ckpt_path {last}")
+        else:
+            say("\nstopped" + (" before the first checkpoint" if self.subcommand == "fit" else ""))
+
+
+def first_process() -> bool:
+    """Whether this is the only process of the run, or the one that speaks for all."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@rank_zero_only
+def say(line: str, *, error: bool = False) -> None:
+    """Print on the first process only."""
+    print(line, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def with_own_config(args: list[str]) -> list[str]:
+    """Let a checkpoint bring its run's config.yaml when nothing else on the command line chooses a method."""
+    given = last_option(args, "ckpt_path")
+    named = any(k == "model" or k == "model.class_path" for k, _ in options(args))
+    configs = [read_config(v) for k, v in options(args) if k == "config" and v is not None]
+    if given is None or named or any("model" in c for c in configs):
+        return args
+    logs = Path(last_option(args, "logs") or "tb_logs").expanduser()
+    checkpoint = runs.find_checkpoint(given, logs, f"*/*/{last_option(args, 'run') or '*'}")
+    config = runs.run_folder(checkpoint) / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"--ckpt_path {given} without --config: its run has no {config}; give --config FILE")
+    return [args[0], "--config", str(config), *args[1:], "--ckpt_path", str(checkpoint)]
+
+
+def check_method(checkpoint: Path, saved: str, method: type) -> None:
+    """Refuse a checkpoint that another method wrote.
+
+    Raises:
+        ConfigError: With both methods.
+    """
+    ours = f"{method.__module__}.{method.__qualname__}"
+    if saved != ours:
+        raise ConfigError(
+            f"--ckpt_path {checkpoint} is a checkpoint of {saved}, the config says {ours}; give the config of that "
+            f"run, {runs.run_folder(checkpoint) / 'config.yaml'}, or start a new run without --ckpt_path"
+        )
+
+
+def run(args: list[str]) -> int:
+    """Parse and run a command line.
+
+    Args:
+        args: Arguments without the program's name.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: If an option, a name or a checkpoint does not fit.
+        DataError: If the dataset cannot be used.
+    """
+    # Keeps ${...} relative to the file's root, so that they follow the command line and work across files.
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    quieten()
+    with warnings.catch_warnings():
+        for text in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=f".*{text}")
+        try:
+            DiffRLCLI(args)
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def quieten() -> None:
+    """Show our own messages and the Trainer's warnings; leave out its hints and advertisements."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    own = logging.getLogger("lit_diffrl")
+    if not own.hasHandlers():
+        own.addHandler(logging.StreamHandler())
+        own.setLevel(logging.INFO if first_process() else logging.WARNING)

@@ -1,0 +1,7 @@
+"""Experience: where it comes from, what it is, and how it is batched."""
+
+from lit_diffrl.data.episodes import Episodes
+from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.data.windows import TransitionBatch, WindowBatch, WindowData
+
+__all__ = ["DatasetSpec", "Episodes", "TransitionBatch", "WindowBatch", "WindowData"]

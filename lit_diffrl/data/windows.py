@@ -1,0 +1,420 @@
+"""WindowData: trajectory windows for planners, and the transitions their world models learn from.
+
+Source: Diffuser (Janner et al. 2022) and its released data pipeline; DMEMM uses the same windows.
+
+A window is ``horizon`` rows of (action, obs), actions first, normalised. With ``stride`` s a row stands for s
+simulator steps: its observation is the one before them, its action their mean, its reward their sum; s = 1 is the
+papers' setting. Batches are drawn by index from tensors, and batch i of epoch e on rank r is a pure function of
+(seed, e, r, i): a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lit_diffrl.data.episodes import Episodes
+from lit_diffrl.data.normalizers import fit_normalizer
+from lit_diffrl.data.sources import SourceInfo, load_source, prepare_source
+from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.errors import ConfigError, DataError, check_choice, check_range
+from lit_diffrl.seeding import global_seed, mix_seed
+
+
+class WindowBatch(NamedTuple):
+    """A batch of windows.
+
+    Args:
+        trajectory: ``(B, H, action + obs)`` normalised rows; rows beyond the episode are raw zeros, normalised.
+        mask: ``(B, H)`` bool, True for rows of the episode.
+        reward: ``(B, H)`` raw rewards, 0 beyond the episode, without termination penalty.
+        value: ``(B,)`` discounted raw rewards from the window's start to the end of the episode, with penalty.
+        episode_return: ``(B,)`` undiscounted raw rewards of the whole episode, without penalty.
+    """
+
+    trajectory: Tensor
+    mask: Tensor
+    reward: Tensor
+    value: Tensor
+    episode_return: Tensor
+
+
+class TransitionBatch(NamedTuple):
+    """A batch of single transitions, one independent batch per ensemble member.
+
+    Args:
+        obs: ``(M, B, obs)`` normalised.
+        action: ``(M, B, action)`` normalised.
+        reward: ``(M, B)`` raw.
+        next_obs: ``(M, B, obs)`` normalised.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+
+
+def window_starts(
+    lengths: Tensor, span: int, *, use_padding: bool, max_path_length: int | None, compat: bool
+) -> Tensor:
+    """Number of window starts in each episode.
+
+    Args:
+        lengths: ``(E,)`` episode lengths.
+        span: Steps that a window covers (its horizon, when the stride is 1).
+        use_padding: Windows may run past the end of the episode.
+        max_path_length: Length of the stored array in the released code, which bounds the starts.
+        compat: Lose the last start, as the released code does (its upper bound is exclusive).
+
+    Returns:
+        ``(E,)`` counts; the starts of an episode are ``0 .. count - 1``.
+    """
+    last = lengths - 1
+    if max_path_length is not None:
+        last = torch.minimum(last, torch.full_like(last, max_path_length - span))
+    if not use_padding:
+        last = torch.minimum(last, lengths - span)
+    return (last if compat else last + 1).clamp_min(0)
+
+
+def goal_departures(episodes: Episodes, goal: list[float], radius: float = 0.5) -> Episodes:
+    """Cut a maze walk as Diffuser does: an episode runs from one departure from the goal to the next.
+
+    The data's own flags are discarded; a step within ``radius`` of the goal that is followed by one outside ends
+    an episode. The last step of each episode and everything after the last departure are dropped.
+
+    Raises:
+        DataError: When the walk never leaves the goal.
+    """
+    target = torch.tensor(goal, dtype=episodes.obs.dtype)
+    near = (episodes.obs[:, : len(goal)] - target).norm(dim=-1) <= radius
+    ends = torch.nonzero(near[:-1] & ~near[1:]).flatten() + 1
+    if len(ends) == 0:
+        raise DataError(
+            f"segmentation 'goal' needs data that leaves the goal {goal}: no step within {radius} of it is followed "
+            "by one outside; use --data.segmentation episodes"
+        )
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    keep = torch.cat([torch.arange(int(s), int(e) - 1) for s, e in zip(starts, ends)])
+    lengths = (ends - starts - 1)[ends - starts > 1]
+    truncated = torch.zeros(len(keep), dtype=torch.bool)
+    truncated[lengths.cumsum(0) - 1] = True
+    return Episodes(
+        obs=episodes.obs[keep],
+        action=episodes.action[keep],
+        reward=episodes.reward[keep],
+        terminated=torch.zeros(len(keep), dtype=torch.bool),
+        truncated=truncated,
+        next_obs=episodes.next_obs[keep],
+        starts=lengths.cumsum(0) - lengths,
+    )
+
+
+def discounted_returns(episodes: Episodes, discount: float, termination_penalty: float | None) -> Tensor:
+    """Discounted return from every step to the end of its stored episode (time limits count as the end).
+
+    Args:
+        episodes: Steps in order.
+        discount: Factor per step.
+        termination_penalty: Added to the last reward of an episode that ends in a terminal state; None adds nothing.
+
+    Returns:
+        ``(N,)`` float32 returns.
+    """
+    reward = episodes.reward.double().clone()
+    if termination_penalty is not None:
+        reward[episodes.terminated] += termination_penalty
+    # Episodes side by side, padded at the end: one reverse sweep over time instead of a loop over all steps.
+    lengths, longest = episodes.lengths, int(episodes.lengths.max())
+    inside = torch.arange(longest) < lengths[:, None]
+    table = torch.zeros(inside.shape, dtype=torch.float64)
+    table[inside] = reward
+    for t in range(longest - 2, -1, -1):
+        table[:, t] += discount * table[:, t + 1]
+    return table[inside].float()
+
+
+class BatchStream:
+    """The batches of one epoch as Lightning wants them: an iterable that knows its length."""
+
+    def __init__(self, data: WindowData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.updates_per_epoch
+
+    def __iter__(self) -> Iterator[WindowBatch | TransitionBatch]:
+        trainer = self.data.trainer
+        assert trainer is not None
+        # A run resumed in the middle of an epoch has already used this many batches.
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        for index in range(done, len(self)):
+            phase: Any = trainer.lightning_module.phase
+            if phase.batch == "transitions":
+                yield self.data.draw_transitions(phase.members, trainer.current_epoch, trainer.global_rank, index)
+            else:
+                yield self.data.draw_windows(trainer.current_epoch, trainer.global_rank, index)
+
+
+class WindowData(LightningDataModule):
+    """Windows of an offline dataset, drawn by index.
+
+    Args:
+        dataset: A Minari id, several joined by ``+`` (a union), a D4RL file ``….hdf5``, or a maze collected here
+            at first use, ``lit_diffrl/pointmaze/{umaze,medium,large}[-dense|-multi]-v0``.
+        horizon: Rows of a window. A list draws one of its values for every batch: one network then plans at
+            several lengths.
+        stride: Simulator steps per row (1 in the papers).
+        batch_size: Windows per update and process.
+        transition_batch_size: Transitions per member, update and process while a world model is fitted.
+        updates_per_epoch: Gradient updates that make an epoch.
+        normalizer: ``limits`` maps each dimension to [-1, 1] (mazes), ``gaussian`` to mean 0 and deviation 1.
+        use_padding: Let windows run past the end of an episode (locomotion), padded with raw zeros.
+        segmentation: ``episodes`` keeps the data's own; ``goal`` cuts a maze walk at departures from its goal.
+        max_path_length: Longest episode accepted; windows then also stay inside it, as in the released code.
+        termination_penalty: Added to the last reward of an episode that terminates, for the value target only.
+        discount: Discount per step of the value target.
+        compat_windows: Lose the last window start of each episode, as the released code does.
+        holdout: Fraction of the transitions held out to stop the world model early.
+        obs_keys: For dict observations: the keys that form the state, in order.
+        env: For a D4RL file whose name does not tell: the environment's D4RL name.
+    """
+
+    spec: DatasetSpec
+
+    def __init__(
+        self,
+        dataset: str | list[str] = "lit_diffrl/pointmaze/umaze-v0",
+        horizon: int | list[int] = 128,
+        stride: int = 1,
+        batch_size: int = 64,
+        transition_batch_size: int = 256,
+        updates_per_epoch: int = 1000,
+        normalizer: Literal["gaussian", "limits"] = "limits",
+        use_padding: bool = False,
+        segmentation: Literal["episodes", "goal"] = "episodes",
+        max_path_length: int | None = None,
+        termination_penalty: float | None = None,
+        discount: float = 0.997,
+        compat_windows: bool = False,
+        holdout: float = 0.1,
+        obs_keys: list[str] | None = None,
+        env: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.horizons = [horizon] if isinstance(horizon, int) else list(horizon)
+        check_range("data.horizon", min(self.horizons, default=0), 2)
+        for name, value in (
+            ("stride", stride),
+            ("batch_size", batch_size),
+            ("transition_batch_size", transition_batch_size),
+            ("updates_per_epoch", updates_per_epoch),
+        ):
+            check_range(f"data.{name}", value, 1)
+        check_range("data.discount", discount, 0, 1)
+        check_range("data.holdout", holdout, 0, 0.5, low_open=True)
+        check_choice("data.normalizer", normalizer, ("gaussian", "limits"))
+        check_choice("data.segmentation", segmentation, ("episodes", "goal"))
+        self.save_hyperparameters(logger=False)
+        self.dataset, self.stride, self.batch_size = dataset, stride, batch_size
+        self.transition_batch_size, self.updates_per_epoch = transition_batch_size, updates_per_epoch
+        self.episodes: Episodes | None = None
+
+    # ---------------------------------------------------------------- loading
+
+    def prepare_data(self) -> None:
+        """Download or collect the data once, on the first process."""
+        prepare_source(self.dataset, **self._source_options())
+
+    def _source_options(self) -> dict[str, Any]:
+        return {"obs_keys": self.hparams["obs_keys"], "env": self.hparams["env"]}
+
+    def setup(self, stage: str) -> None:
+        """Load, check and normalise the data, once."""
+        if self.episodes is None:
+            episodes, info = load_source(self.dataset, **self._source_options())
+            self.load(episodes, info)
+
+    def load(self, episodes: Episodes, info: SourceInfo) -> None:
+        """Take in episodes: normalise them, index windows and transitions, and describe them in ``spec``."""
+        if self.hparams["segmentation"] == "goal":
+            if info.goal is None:
+                raise ConfigError(
+                    f"data.segmentation is 'goal', but {self._name()} has no constant goal; use 'episodes'"
+                )
+            episodes = goal_departures(episodes, info.goal)
+        limit, longest = self.hparams["max_path_length"], int(episodes.lengths.max())
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"{self._name()}: episode {int(episodes.lengths.argmax())} has {longest} steps, more than "
+                f"data.max_path_length {limit}; raise it or set it to null"
+            )
+        self.episodes = episodes
+        self._normalise()
+        self._index_windows()
+        self._index_transitions()
+        self._describe(info)
+
+    def _name(self) -> str:
+        return "+".join([self.dataset] if isinstance(self.dataset, str) else self.dataset)
+
+    def _normalise(self) -> None:
+        assert self.episodes is not None
+        kind = self.hparams["normalizer"]
+        self.obs_normalizer = fit_normalizer(kind, self.episodes.obs)
+        self.action_normalizer = fit_normalizer(kind, self.episodes.action)
+        self.obs = self.obs_normalizer.normalize(self.episodes.obs)
+        self.action = self.action_normalizer.normalize(self.episodes.action)
+        zero_action, zero_obs = torch.zeros(self.episodes.action_dim), torch.zeros(self.episodes.obs_dim)
+        self.padding = torch.cat(
+            [self.action_normalizer.normalize(zero_action), self.obs_normalizer.normalize(zero_obs)]
+        )
+        self.returns = discounted_returns(self.episodes, self.hparams["discount"], self.hparams["termination_penalty"])
+        totals = torch.zeros(self.episodes.num_episodes)
+        episode = torch.repeat_interleave(torch.arange(len(totals)), self.episodes.lengths)
+        self.episode_returns = totals.index_add(0, episode, self.episodes.reward)[episode]
+        self.step_end = torch.repeat_interleave(self.episodes.ends, self.episodes.lengths)
+
+    def _index_windows(self) -> None:
+        assert self.episodes is not None
+        self.starts: dict[int, Tensor] = {}
+        for horizon in self.horizons:
+            span = (horizon - 1) * self.stride + 1
+            count = window_starts(
+                self.episodes.lengths,
+                span,
+                use_padding=self.hparams["use_padding"],
+                max_path_length=self.hparams["max_path_length"],
+                compat=self.hparams["compat_windows"],
+            )
+            offset = torch.arange(int(count.sum())) - torch.repeat_interleave(count.cumsum(0) - count, count)
+            self.starts[horizon] = torch.repeat_interleave(self.episodes.starts, count) + offset
+            if len(self.starts[horizon]) == 0:
+                raise DataError(
+                    f"{self._name()}: no window of {horizon} rows with stride {self.stride} ({span} steps) fits "
+                    f"into its episodes (longest {int(self.episodes.lengths.max())} steps); lower --data.horizon or "
+                    "--data.stride, or set --data.use_padding true"
+                )
+
+    def _index_transitions(self) -> None:
+        # The last step of an episode is left out: what follows it (a terminal state, a cut) is not always recorded.
+        assert self.episodes is not None
+        steps = torch.arange(self.episodes.num_steps)
+        usable = steps[steps + self.stride < self.step_end]
+        if len(usable) < 2:
+            raise DataError(
+                f"{self._name()}: fewer than 2 transitions of {self.stride} steps; the episodes are too short"
+            )
+        order = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))]
+        held = max(1, int(len(usable) * self.hparams["holdout"]))
+        self.held_out, self.usable = order[:held], order[held:]
+        self.bootstraps: dict[int, Tensor] = {}
+
+    def _describe(self, info: SourceInfo) -> None:
+        assert self.episodes is not None
+        row_reward = self._strided_reward(self.usable)
+        self.spec = DatasetSpec(
+            obs_dim=self.episodes.obs_dim,
+            action_dim=self.episodes.action_dim,
+            action_low=info.action_low,
+            action_high=info.action_high,
+            dataset_ids=info.dataset_ids,
+            env_spec=info.env_spec,
+            ref_min=info.ref_min,
+            ref_max=info.ref_max,
+            max_episode_steps=info.max_episode_steps,
+            obs_keys=info.obs_keys,
+            goal_key=info.goal_key,
+            goal=info.goal,
+            obs_normalizer=self.obs_normalizer.state(),
+            action_normalizer=self.action_normalizer.state(),
+            reward_max=float(row_reward.max()),
+            reward_min=float(row_reward.min()),
+            stride=self.stride,
+        )
+
+    # ---------------------------------------------------------------- drawing
+
+    def _inside(self, start: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Indices ``(..., length)`` of consecutive steps, held at the episode's last, and which are inside it."""
+        index = start[..., None] + torch.arange(length)
+        end = self.step_end[start][..., None]
+        return torch.minimum(index, end - 1), index < end
+
+    def _strided_reward(self, start: Tensor) -> Tensor:
+        assert self.episodes is not None
+        index, inside = self._inside(start, self.stride)
+        return (self.episodes.reward[index] * inside).sum(-1)
+
+    def _strided_action(self, start: Tensor) -> Tensor:
+        if self.stride == 1:
+            return self.action[start]
+        index, inside = self._inside(start, self.stride)
+        return (self.action[index] * inside[..., None]).sum(-2) / inside.sum(-1, keepdim=True)
+
+    def windows(self, start: Tensor, horizon: int) -> WindowBatch:
+        """Cut windows out of the data.
+
+        Args:
+            start: ``(B,)`` step at which each window begins.
+            horizon: Rows of the windows.
+        """
+        rows = start[:, None] + self.stride * torch.arange(horizon)
+        end = self.step_end[start][:, None]
+        mask = rows < end
+        rows = torch.minimum(rows, end - 1)
+        trajectory = torch.cat([self._strided_action(rows), self.obs[rows]], dim=-1)
+        trajectory = torch.where(mask[..., None], trajectory, self.padding)
+        return WindowBatch(
+            trajectory, mask, self._strided_reward(rows) * mask, self.returns[start], self.episode_returns[start]
+        )
+
+    def draw_windows(self, epoch: int, rank: int, index: int) -> WindowBatch:
+        """Batch ``index`` of an epoch: windows drawn uniformly with replacement, one horizon for all ranks."""
+        shared = torch.Generator().manual_seed(mix_seed(global_seed(), epoch, index))
+        horizon = self.horizons[int(torch.randint(len(self.horizons), (), generator=shared))]
+        starts = self.starts[horizon]
+        own = torch.Generator().manual_seed(mix_seed(global_seed(), epoch, index, rank, 1))
+        return self.windows(starts[torch.randint(len(starts), (self.batch_size,), generator=own)], horizon)
+
+    def transitions(self, start: Tensor) -> TransitionBatch:
+        """Transitions from the steps ``start`` ``(M, B)`` to ``stride`` steps later."""
+        return TransitionBatch(
+            obs=self.obs[start],
+            action=self._strided_action(start),
+            reward=self._strided_reward(start),
+            next_obs=self.obs[start + self.stride],
+        )
+
+    def draw_transitions(self, members: int, epoch: int, rank: int, index: int) -> TransitionBatch:
+        """Batch ``index`` of an epoch: each member draws from its own bootstrap of the training transitions."""
+        if members not in self.bootstraps:
+            fixed = torch.Generator().manual_seed(mix_seed(global_seed(), members))
+            n = len(self.usable)
+            self.bootstraps[members] = torch.randint(n, (members, n), generator=fixed, dtype=torch.int32)
+        own = torch.Generator().manual_seed(mix_seed(global_seed(), epoch, index, rank, 2))
+        position = torch.randint(len(self.usable), (members, self.transition_batch_size), generator=own)
+        return self.transitions(self.usable[self.bootstraps[members].gather(1, position).long()])
+
+    def train_dataloader(self) -> BatchStream:
+        """Batches of the current phase's kind, ``updates_per_epoch`` to an epoch."""
+        return BatchStream(self)
+
+    def held_out_transitions(self) -> TransitionBatch:
+        """At most 5,000 of the transitions held out, for one member."""
+        return self.transitions(self.held_out[None, :5000])
+
+    def val_dataloader(self) -> DataLoader[TransitionBatch]:
+        """The held-out transitions as a single batch."""
+        batches: Any = [self.held_out_transitions()]
+        return DataLoader(batches, batch_size=None)
+
+    def test_dataloader(self) -> DataLoader[TransitionBatch]:
+        """The held-out batch: testing itself happens in the simulator."""
+        return self.val_dataloader()

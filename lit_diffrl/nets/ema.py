@@ -1,0 +1,78 @@
+"""Exponential moving average of a network's weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffrl.errors import check_range
+
+
+class EMA(nn.Module):
+    """A slowly following copy of a network, to be used wherever the network is evaluated.
+
+    The copy is touched at every ``every``-th optimiser step. Before step ``start`` it is overwritten by the
+    weights; from then on ``ema <- ema + (1 - decay)(weights - ema)``. The defaults are Diffuser's and average
+    over about ``every / (1 - decay) = 2000`` steps; ``every=1, start=0`` is the plain moving average.
+
+    Attributes:
+        net: The copy: in evaluation mode, without gradients.
+        count: Optimiser steps seen, int64 scalar.
+    """
+
+    count: Tensor
+
+    def __init__(self, net: nn.Module, decay: float = 0.995, every: int = 10, start: int = 2000) -> None:
+        """Copy the network.
+
+        Args:
+            net: Network to follow.
+            decay: Share of the old average kept by an update, in ``[0, 1)``.
+            every: Optimiser steps between updates.
+            start: Optimiser step from which updates average instead of overwriting.
+
+        Raises:
+            ConfigError: For a number out of range.
+        """
+        super().__init__()
+        check_range("EMA decay", decay, 0, 1, high_open=True)
+        check_range("EMA every", every, 1)
+        check_range("EMA start", start, 0)
+        self.decay, self.every, self.start = decay, every, start
+        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self._steps = 0  # the same number on the host: reading the buffer would wait for the device
+        self.register_load_state_dict_post_hook(_read_count)
+
+    def train(self, mode: bool = True) -> EMA:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, net: nn.Module) -> None:
+        """Follow the network; to be called after each of its optimiser steps.
+
+        Args:
+            net: The network this is a copy of.
+        """
+        self._steps += 1
+        self.count += 1
+        if self._steps % self.every:
+            return
+        average: list[Tensor] = list(self.net.parameters())
+        weights: list[Tensor] = list(net.parameters())
+        if self._steps < self.start:
+            torch._foreach_copy_(average, weights)
+        else:
+            torch._foreach_lerp_(average, weights, 1 - self.decay)
+        for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+def _read_count(module: nn.Module, incompatible_keys: Any) -> None:
+    """Resume the host's counter after ``load_state_dict``."""
+    assert isinstance(module, EMA)
+    module._steps = int(module.count)

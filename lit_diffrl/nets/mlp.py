@@ -1,0 +1,34 @@
+"""Multilayer perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from lit_diffrl.errors import ConfigError, check_choice
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"mish": nn.Mish, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
+class MLP(nn.Sequential):
+    """Linear layers with an activation between them (none after the last)."""
+
+    def __init__(self, sizes: Sequence[int], activation: str = "mish") -> None:
+        """Create the layers.
+
+        Args:
+            sizes: Widths from input to output, e.g. ``(17, 256, 256, 6)``: two hidden layers.
+            activation: ``mish``, ``relu`` or ``silu``.
+
+        Raises:
+            ConfigError: For fewer than two sizes, a size below 1 or an unknown activation.
+        """
+        check_choice("activation", activation, ACTIVATIONS)
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ConfigError(f"MLP sizes must be at least two positive widths, got {list(sizes)}")
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(sizes):
+            layers += [nn.Linear(width_in, width_out), ACTIVATIONS[activation]()]
+        super().__init__(*layers[:-1])

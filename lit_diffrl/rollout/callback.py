@@ -1,0 +1,310 @@
+"""RolloutEvaluation: the place where training meets the simulator."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_diffrl.data.sources import check_env
+from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.errors import ConfigError, check_range
+from lit_diffrl.rollout import pictures as draw
+from lit_diffrl.rollout.episodes import EpisodeResult, make_env, run_episodes, summarize
+from lit_diffrl.rollout.results import duration, table, write_bytes, write_json
+from lit_diffrl.rollout.scores import RunningScores
+
+log = logging.getLogger(__name__)
+PANELS = 6  # episodes in a picture
+REHEARSAL = {"episodes": 2, "max_steps": 5}  # under --trainer.fast_dev_run
+
+
+class RolloutEvaluation(Callback):
+    """Evaluates the agent in the simulator and logs its return, score, episode length and speed.
+
+    ``fit`` evaluates after the first epoch in which the agent can act, then after every ``every_n_epochs``-th and
+    after the last; ``validate`` repeats exactly those episodes with a checkpoint, and so gives the score that was
+    logged when it was saved; ``test`` runs other, unseen episodes and writes ``results/<checkpoint>-test.json``
+    into the run's folder. Several processes share the episodes and log the same numbers.
+
+    Logged: ``eval/return`` (mean undiscounted return), ``eval/score`` (0 = random policy, 100 = reference policy,
+    if the dataset names both), ``eval/length`` (steps), ``eval/action_ms`` (time to choose an action, per environment
+    step), ``eval/score_rat`` (mean of the last ``rat_window`` evaluations) and ``eval/score_oms`` (best evaluation so
+    far); the last two are ``eval/return_rat`` and ``eval/return_oms`` when there are no scores. A healthy score
+    rises and then holds; RAT far below OMS means that single evaluations are luck.
+
+    Args:
+        episodes: Episodes of an evaluation during ``fit`` and ``validate``.
+        num_envs: Environments that step side by side in each process; the results do not depend on it.
+        every_n_epochs: Epochs between evaluations.
+        seed: Seed of the first episode; episode k has seed + k, in every evaluation the same.
+        max_steps: Stop episodes after this many steps; null for the environment's own limit.
+        pictures: Draw plans and walked paths of mazes, into TensorBoard and ``pictures/``.
+        video: Animate the first episode, into TensorBoard and ``pictures/``; needs OpenGL and some seconds.
+        rat_window: Evaluations that ``eval/score_rat`` averages.
+        test_episodes: Episodes of ``test``.
+        test_seed: Seed of the first episode of ``test``.
+    """
+
+    def __init__(
+        self,
+        episodes: int = 10,
+        num_envs: int = 10,
+        every_n_epochs: int = 1,
+        seed: int = 1_000,
+        max_steps: int | None = None,
+        pictures: bool = True,
+        video: bool = False,
+        rat_window: int = 10,
+        test_episodes: int = 50,
+        test_seed: int = 10_000,
+    ) -> None:
+        positive = {
+            "episodes": episodes,
+            "num_envs": num_envs,
+            "every_n_epochs": every_n_epochs,
+            "rat_window": rat_window,
+            "test_episodes": test_episodes,
+        }
+        for name, value in positive.items():
+            check_range(f"rollout.{name}", value, 1)
+        for name, value in {"seed": seed, "test_seed": test_seed}.items():
+            check_range(f"rollout.{name}", value, 0)
+        if max_steps is not None:
+            check_range("rollout.max_steps", max_steps, 1)
+        if seed < test_seed + test_episodes and test_seed < seed + episodes:
+            raise ConfigError(
+                f"rollout.test_seed {test_seed} would test on episodes seen during fit (seeds {seed} to "
+                f"{seed + episodes - 1}); choose one of at least {seed + episodes}"
+            )
+        self.episodes, self.num_envs, self.every_n_epochs, self.seed = episodes, num_envs, every_n_epochs, seed
+        self.max_steps, self.pictures, self.video = max_steps, pictures, video
+        self.test_episodes, self.test_seed = test_episodes, test_seed
+        self.scores = RunningScores(rat_window)
+        self.returns = RunningScores(rat_window)
+        self._maze: draw.Maze | None = None
+        self._maze_read = False
+        self._earlier_seconds = 0.0
+        self._started: float | None = None
+
+    # ---------------------------------------------------------------- stages
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an environment that this installation cannot build before any time is spent on training."""
+        self._started = time.monotonic()
+        env_spec = _spec(pl_module).env_spec
+        if env_spec is not None:
+            check_env(env_spec)
+            make_env(env_spec).close()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so when no evaluation will take place."""
+        if not trainer.is_global_zero:
+            return
+        if not self._has_env(pl_module):
+            log.warning("the dataset names no environment: training goes on without evaluation, best.ckpt and scores")
+        elif not trainer.enable_validation:
+            log.warning("no validation batches (--trainer.limit_val_batches 0?): the agent will not be evaluated")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so when ``validate`` has no simulator to ask."""
+        if trainer.state.fn == TrainerFn.VALIDATING and not self._has_env(pl_module) and trainer.is_global_zero:
+            log.warning("the dataset names no environment: there is no score to validate")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate: an epoch of ``fit`` that is due, or ``validate``."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if trainer.sanity_checking or not self._has_env(pl_module):
+            return
+        if fitting and not (pl_module.can_act and self._due(trainer)):
+            return
+        results = self._evaluate(trainer, pl_module, self.episodes, self.seed)
+        metrics = self._metrics(results)
+        name = f"epoch={trainer.current_epoch}" if fitting else f"{_checkpoint_name(trainer)}-validate"
+        if fitting:
+            self.returns.add(trainer.current_epoch, metrics["eval/return"])
+            kind, running = "eval/return", self.returns
+            if "eval/score" in metrics:
+                self.scores.add(trainer.current_epoch, metrics["eval/score"])
+                kind, running = "eval/score", self.scores
+            metrics |= {f"{kind}_rat": running.rat, f"{kind}_oms": running.oms}
+        self._log(pl_module, metrics)
+        self._show(trainer, pl_module, results, name)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the unseen episodes and write what came of them."""
+        if not self._has_env(pl_module):
+            raise ConfigError("the dataset names no environment (env_spec): there is nothing to test in")
+        results = self._evaluate(trainer, pl_module, self.test_episodes, self.test_seed)
+        self._log(pl_module, self._metrics(results))
+        name = f"{_checkpoint_name(trainer)}-test"
+        self._show(trainer, pl_module, results, name)
+        folder = _run_folder(trainer)
+        if not trainer.is_global_zero or _rehearsing(trainer):
+            return
+        path = folder / "results" / f"{name}.json"
+        write_json(
+            path,
+            {
+                "method": type(pl_module).__name__,
+                "dataset": _spec(pl_module).dataset_ids,
+                "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "seeds": [self.test_seed, self.test_seed + self.test_episodes - 1],
+                "summary": summarize(results),
+                "episodes": [r.to_dict() for r in results],
+                "options": dict(pl_module.hparams),
+            },
+        )
+        log.info("wrote %s", path)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the run with its figures."""
+        if trainer.is_global_zero and self.returns.history and not _rehearsing(trainer):
+            print(table(self._closing_rows(trainer, pl_module)), flush=True)
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Evaluations so far and time spent, so that a resumed run carries on its RAT, OMS and clock."""
+        return {
+            "scores": self.scores.state_dict(),
+            "returns": self.returns.state_dict(),
+            "seconds": self._earlier_seconds + self._elapsed(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Carry on from a checkpoint."""
+        self.scores.load_state_dict(state_dict["scores"])
+        self.returns.load_state_dict(state_dict["returns"])
+        self._earlier_seconds = float(state_dict["seconds"])
+
+    def _elapsed(self) -> float:
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    # ---------------------------------------------------------------- evaluating
+
+    @staticmethod
+    def _has_env(pl_module: LightningModule) -> bool:
+        return _spec(pl_module).env_spec is not None
+
+    def _due(self, trainer: Trainer) -> bool:
+        epoch = trainer.current_epoch
+        last = trainer.max_epochs is not None and epoch + 1 == trainer.max_epochs
+        return not self.returns.history or (epoch + 1) % self.every_n_epochs == 0 or last
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, episodes: int, seed: int) -> list[EpisodeResult]:
+        if not pl_module.can_act:
+            raise ConfigError(
+                f"{type(pl_module).__name__} cannot act yet: the checkpoint was saved before the phase that trains "
+                "what acts; continue with 'fit --ckpt_path last'"
+            )
+        max_steps = self.max_steps
+        if _rehearsing(trainer):
+            episodes, max_steps = min(episodes, REHEARSAL["episodes"]), REHEARSAL["max_steps"]
+        own = run_episodes(
+            _spec(pl_module),
+            pl_module,  # type: ignore[arg-type]
+            episodes=range(trainer.global_rank, episodes, trainer.world_size),
+            num_envs=self.num_envs,
+            seed=seed,
+            max_steps=max_steps,
+            record=PANELS if self.pictures else 0,
+            render=self.video and not _rehearsing(trainer),
+        )
+        if trainer.world_size == 1:
+            return own
+        parts: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(parts, own)
+        return sorted((r for part in parts for r in part), key=lambda r: r.seed)
+
+    @staticmethod
+    def _metrics(results: Sequence[EpisodeResult]) -> dict[str, float]:
+        summary = summarize(results)
+        metrics = {
+            "eval/return": summary["return"]["mean"],
+            "eval/length": summary["length"]["mean"],
+            "eval/action_ms": summary["action_ms"],
+        }
+        if summary["score"] is not None:
+            metrics["eval/score"] = summary["score"]["mean"]
+        return metrics
+
+    @staticmethod
+    def _log(pl_module: LightningModule, metrics: dict[str, float]) -> None:
+        shown = "eval/score" if "eval/score" in metrics else "eval/return"
+        for name, value in metrics.items():
+            # Every process has the same number; sync_dist leaves it and keeps Lightning from warning.
+            pl_module.log(name, value, prog_bar=name == shown, on_epoch=True, sync_dist=True)
+
+    # ---------------------------------------------------------------- showing
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, results: Sequence[EpisodeResult], name: str) -> None:
+        folder = _run_folder(trainer) / "pictures"  # asks all processes
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        nowhere = not trainer.loggers and (fitting or trainer.ckpt_path is None)
+        if nowhere or not trainer.is_global_zero or _rehearsing(trainer):
+            return
+        boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        # The axis of self.log: batches, where trainer.global_step would count every optimizer's steps.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if self.pictures:
+            if not self._maze_read:
+                self._maze, self._maze_read = draw.Maze.from_spec(_spec(pl_module)), True
+            if self._maze is not None:
+                dataset = "+".join(_spec(pl_module).dataset_ids)
+                title = f"{type(pl_module).__name__} · {dataset} · {name}"
+                pixels = draw.figure_pixels(draw.maze_figure(self._maze, results[:PANELS], title))
+                write_bytes(folder / f"{name}.png", draw.encode_png(pixels))
+                for board in boards:
+                    board.add_image("eval/plans", pixels, step, dataformats="HWC")
+        if self.video and results[0].frames:
+            data, size = draw.encode_gif(results[0].frames)
+            write_bytes(folder / f"{name}.gif", data)
+            for board in boards:
+                draw.add_gif(board, "eval/video", data, size, step)
+
+    def _closing_rows(self, trainer: Trainer, pl_module: LightningModule) -> list[tuple[str, str]]:
+        running, unit = (self.scores, "score") if self.scores.history else (self.returns, "return")
+        rows = [
+            ("method", type(pl_module).__name__),
+            ("dataset", "+".join(_spec(pl_module).dataset_ids)),
+            ("epochs", str(trainer.current_epoch)),
+            (f"{unit}, last", f"{running.last:.2f} (epoch {running.history[-1][0]})"),
+            (f"{unit}, best (OMS)", f"{running.oms:.2f} (epoch {running.best_epoch})"),
+            (f"{unit}, last {min(running.window, len(running.history))} (RAT)", f"{running.rat:.2f}"),
+        ]
+        if unit == "score":
+            rows.append(("return, last", f"{self.returns.last:.2f}"))
+        rows += [
+            ("evaluation", f"{self.episodes} episodes, seeds {self.seed} to {self.seed + self.episodes - 1}"),
+            ("time", duration(self._earlier_seconds + self._elapsed())),
+        ]
+        return rows
+
+
+def _spec(pl_module: LightningModule) -> DatasetSpec:
+    return cast(DatasetSpec, pl_module.spec)
+
+
+def _rehearsing(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _checkpoint_name(trainer: Trainer) -> str:
+    return Path(trainer.ckpt_path).stem if trainer.ckpt_path else "unsaved"
+
+
+def _run_folder(trainer: Trainer) -> Path:
+    """Folder of the run: the one that holds the checkpoint's folder, or where this run logs."""
+    if trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path:
+        folder = Path(trainer.ckpt_path).absolute().parent
+        return folder.parent if folder.name == "checkpoints" else folder
+    return Path(trainer.log_dir or trainer.default_root_dir)

@@ -1,0 +1,125 @@
+"""What every run brings to the Trainer: its progress bar, its saved config, and its optimizers' options on resuming."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run folder when training starts, and never otherwise.
+
+    The names of this very run (``run``, ``ckpt_path``) are left out: the file starts a fresh run of the same settings.
+
+    Args:
+        parser: Parser of the subcommand.
+        config: What it parsed.
+        folder: The run folder.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
+        super().__init__(parser, config, overwrite=True)
+        self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet: a checkpoint that does not fit has still to be refused."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file on the first process."""
+        if not trainer.is_global_zero:
+            return
+        config = self.config.clone()
+        config["run"] = config["ckpt_path"] = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(config, str(self.folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False)
+
+
+class ConfiguredOptimizers(Callback):
+    """Lets the configuration decide learning rates and the like when a run is resumed.
+
+    A checkpoint restores the optimizers' options with their state: ``--model.lr`` would have no effect, and a run moved
+    from a GPU would keep its fused kernels. Where schedulers run, the rates are theirs, and stay as restored.
+    """
+
+    def __init__(self) -> None:
+        self._configured: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the options before the state is restored."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them back."""
+        if trainer.lr_scheduler_configs:
+            return
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        for group, configured in zip(groups, self._configured, strict=True):
+            group.update(configured)
+
+
+class RunProgressBar(TQDMProgressBar):
+    """One bar per epoch that says which phase it is in and when the whole run will end.
+
+    In a file or a pipe, where a bar cannot redraw itself, each epoch ends with one line instead.
+    """
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
+        super().__init__(refresh_rate=10 if self._live else 0)
+        self._phase = ""
+        self._since = (0.0, 0)
+        self._stale: dict[str, Any] = {}
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Name the phase and the epoch; a new phase has its own speed, so its clock starts again."""
+        super().on_train_epoch_start(trainer, *args)
+        phase: str = trainer.lightning_module.phase.name  # type: ignore[union-attr, assignment]
+        if phase != self._phase:
+            self._phase, self._since = phase, (time.monotonic(), trainer.current_epoch)
+            # The Trainer goes on showing the losses of networks that have stopped learning.
+            shown = trainer.progress_bar_metrics
+            self._stale = {k: v for k, v in shown.items() if k.startswith("loss/")}
+        self.train_progress_bar.set_description(self._place(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the epoch where there is no bar."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if not self._live and trainer.is_global_zero:
+            items = self.get_metrics(trainer, pl_module).items()
+            values = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in items)
+            print(f"{self._place(trainer)}: {values}", flush=True)
+
+    def _place(self, trainer: Trainer) -> str:
+        return f"{self._phase}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Logged losses and score, and the time left at the pace of the current phase, rollouts included."""
+        items = {
+            k: v
+            for k, v in super().get_metrics(trainer, pl_module).items()
+            if k != "v_num" and (k not in self._stale or v != self._stale[k])
+        }
+        left = self.time_left(trainer)
+        return items if left is None else {**items, "left": str(left)}
+
+    def time_left(self, trainer: Trainer) -> timedelta | None:
+        """Estimate the time to the end of the run; None before the first update."""
+        if not trainer.max_epochs or trainer.max_epochs < 0:
+            return None
+        begun, first_epoch = self._since
+        batches = max(int(trainer.num_training_batches), 1)
+        within = trainer.fit_loop.epoch_loop.batch_progress.current.completed / batches
+        done = trainer.current_epoch - first_epoch + within
+        if done <= 0:
+            return None
+        remaining = max(trainer.max_epochs - first_epoch - done, 0.0)
+        return timedelta(seconds=round((time.monotonic() - begun) / done * remaining))

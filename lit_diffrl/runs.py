@@ -1,0 +1,113 @@
+"""Run folders: where a run writes, and which checkpoint an option means.
+
+A run lives in ``<logs>/<method>/<dataset>/<run>/``: event files, ``config.yaml``, ``checkpoints/{last,best}.ckpt``,
+``pictures/`` and ``results/``. Nothing here imports torch, so that a wrong name is answered at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from lit_diffrl.errors import ConfigError, nearest
+
+ALIASES = ("last", "best")
+
+
+def dataset_slug(dataset: str | Sequence[str]) -> str:
+    """Name a dataset as one folder: ``sb3/hopper/medium-v0`` becomes ``sb3-hopper-medium-v0``.
+
+    Args:
+        dataset: An id, ids joined by ``+``, a list of them, or the path of an HDF5 file (its stem is used).
+    """
+    names = dataset.split("+") if isinstance(dataset, str) else dataset
+    short = []
+    for name in (n.strip() for n in names):
+        if name.endswith((".hdf5", ".h5")):
+            name = Path(name).stem
+        short.append(re.sub(r"[^\w.]+", "-", name.removeprefix("lit_diffrl/")).strip("-."))
+    return "+".join(short)
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """Folder of the run that a checkpoint belongs to; its own folder when it was moved out of a run."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def continues(checkpoint: Path, folder: Path | None = None) -> bool:
+    """Whether training from a checkpoint goes on in its own run.
+
+    Only a run's last checkpoint continues it. From any other one a new run branches off, or that run's newer checkpoint
+    and curves would be overwritten.
+
+    Args:
+        checkpoint: Where training starts from.
+        folder: The run folder asked for; None when none was.
+    """
+    last_of_run = checkpoint.name == "last.ckpt" and checkpoint.parent.name == "checkpoints"
+    return last_of_run and (folder is None or folder.resolve() == run_folder(checkpoint).resolve())
+
+
+def new_run(parent: Path, name: str | None) -> Path:
+    """Name the folder of a run that starts, without making it.
+
+    Args:
+        parent: ``<logs>/<method>/<dataset>``.
+        name: The run's name; None for the time of day.
+
+    Raises:
+        ConfigError: If the folder already holds checkpoints, which the new run would overwrite.
+    """
+    if name is None:
+        stamp = name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        twin = 1
+        while (parent / name).exists():
+            twin += 1
+            name = f"{stamp}_{twin}"
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ConfigError(f"--run must be a plain folder name, got {name!r}; the folder above it is --logs")
+    folder = parent / name
+    if any((folder / "checkpoints").glob("*.ckpt")):
+        raise ConfigError(
+            f"run {name!r} already has checkpoints in {folder / 'checkpoints'}; continue it with --ckpt_path last, or "
+            "choose another --run"
+        )
+    return folder
+
+
+def find_checkpoint(value: str, logs: Path, pattern: str) -> Path:
+    """Find the checkpoint that ``--ckpt_path`` means.
+
+    Args:
+        value: A file, or ``last`` or ``best``: the newest of that name among the runs.
+        logs: Folder of all runs.
+        pattern: The runs to search, below ``logs``: ``method/dataset/run`` with ``*`` for any.
+
+    Raises:
+        ConfigError: If there is none; it names the folder searched, or the nearest files.
+    """
+    if value in ALIASES:
+        found = list(logs.glob(f"{pattern}/checkpoints/{value}.ckpt"))
+        if found:
+            return max(found, key=lambda p: p.stat().st_mtime)
+        searched = logs / pattern.rstrip("*/")
+        elsewhere = _newest(logs)
+        hint = f"; the newest checkpoint elsewhere is {elsewhere[0]}" if elsewhere else ""
+        raise ConfigError(
+            f"--ckpt_path {value}: no {value}.ckpt below {searched}{hint}; leave --ckpt_path out to start a "
+            "new run, or give the file"
+        )
+    path = Path(value).expanduser()
+    if path.is_file():
+        return path
+    near = sorted({str(p) for folder in (path.parent, run_folder(path)) for p in folder.glob("**/*.ckpt")})[:3]
+    near = near or [str(p) for p in _newest(logs)]
+    hint = nearest(value, near) or (f"there is {', '.join(near)}" if near else f"{logs} holds no checkpoint yet")
+    kind = "is a folder" if path.is_dir() else "does not exist"
+    raise ConfigError(f"--ckpt_path {value} {kind}; {hint}")
+
+
+def _newest(logs: Path, n: int = 3) -> list[Path]:
+    return sorted(logs.glob("*/*/*/checkpoints/*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)[:n]
