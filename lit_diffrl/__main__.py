@@ -19,7 +19,8 @@ commands:
   test                   evaluate a checkpoint over more episodes; writes <run>/results/
 
 options (all of them: python -m lit_diffrl fit --help):
-  --config FILE          a file of conf/; later files and options override earlier ones
+  --config FILE          your own file, or one that comes with the package (conf/dmemm.yaml); later files and options
+                         override earlier ones
   --run NAME             name of the run; default: the time of day
   --logs DIR             where runs are written; default: tb_logs
   --ckpt_path FILE       continue (fit) or evaluate (validate, test) this checkpoint; 'last' and 'best' mean the
@@ -54,12 +55,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     try:
-        from lit_diffrl.typos import check_subcommand, options, read_config
+        from lit_diffrl.arguments import check_subcommand, find_configs
 
         check_subcommand(args)
-        for key, value in options(args):
-            if key == "config" and value is not None:
-                read_config(value)
+        args = find_configs(args)
         from lit_diffrl.cli import run
 
         return run(args)

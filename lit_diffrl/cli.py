@@ -22,13 +22,14 @@ from omegaconf.errors import OmegaConfBaseException
 import lit_diffrl.data
 import lit_diffrl.methods  # noqa: F401  their classes are known by short names once imported
 from lit_diffrl import runs
+from lit_diffrl.arguments import last_option, options, read_config
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Method
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.rollout.callback import RolloutEvaluation
 from lit_diffrl.rollout.checkpoints import BestCheckpoint
 from lit_diffrl.run_callbacks import ConfiguredOptimizers, RunProgressBar, SaveRunConfig
-from lit_diffrl.typos import Names, find_class, last_option, options, read_config, shorten
+from lit_diffrl.typos import Names, find_class, shorten
 
 # Batches are indexed from memory; a resumed run's folder is not empty, a branched run's is another; curves count
 # updates across epochs; averaged and target networks stay in eval mode; the last is between Lightning and torch.

@@ -28,7 +28,7 @@ def dataset_slug(dataset: str | Sequence[str]) -> str:
         if name.endswith((".hdf5", ".h5")):
             name = Path(name).stem
         short.append(re.sub(r"[^\w.]+", "-", name.removeprefix("lit_diffrl/")).strip("-."))
-    return "+".join(short)
+    return "+".join(name for name in short if name) or "data"
 
 
 def run_folder(checkpoint: Path) -> Path:

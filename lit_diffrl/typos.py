@@ -14,65 +14,10 @@ import inspect
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from lit_diffrl.arguments import options, read_config
 from lit_diffrl.errors import ConfigError, nearest
-
-SUBCOMMANDS = ("fit", "validate", "test")
-
-
-def options(args: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Read ``--key value``, ``--key=value`` and ``-c value``, in order; the value is None for a bare flag."""
-    i = 0
-    while i < len(args):
-        token, i = args[i], i + 1
-        if token != "-c" and not token.startswith("--"):
-            continue
-        key, equals, value = token.partition("=")
-        if not equals and i < len(args) and not re.match(r"--[A-Za-z]|-c$", args[i]):
-            value, equals, i = args[i], "=", i + 1
-        yield ("config" if key == "-c" else key[2:]), (value if equals else None)
-
-
-def last_option(args: list[str], key: str) -> str | None:
-    """Value of an option on the command line, the last one if repeated."""
-    return next((value for k, value in reversed(list(options(args))) if k == key), None)
-
-
-def check_subcommand(args: list[str]) -> None:
-    """Refuse a command line that does not begin with a subcommand."""
-    if args[0] not in SUBCOMMANDS:
-        hint = nearest(args[0], SUBCOMMANDS)
-        raise ConfigError(f"unknown command {args[0]!r}; {hint or 'use one of ' + ', '.join(SUBCOMMANDS)}")
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """Read a YAML config file.
-
-    Raises:
-        ConfigError: If it is missing (with its nearest neighbours), not YAML (with the line) or not a mapping.
-    """
-    import yaml
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        neighbours = sorted(str(p) for p in file.parent.glob("*.yaml")) or sorted(
-            str(p) for p in Path("conf").glob("*.yaml")
-        )
-        hint = nearest(str(file), neighbours)
-        listed = f"there is {', '.join(neighbours[:6])}" if neighbours else f"{file.parent} holds no .yaml file"
-        raise ConfigError(f"config file {path} does not exist; {hint or listed}")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not a text file in UTF-8"
-        raise ConfigError(f"config file {path}{place}: not valid YAML ({problem})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"config file {path} must hold `model:`, `data:`, … at its top, got {type(content).__name__}")
-    return content
 
 
 def _subclasses(base: type) -> dict[str, type]:
@@ -166,7 +111,7 @@ class Names:
         """Follow every key of the command line and its config files, in order.
 
         Raises:
-            ConfigError: For the first key that names nothing, with the nearest names.
+            ConfigError: For the first key that names nothing, with the nearest names; or if no class is chosen.
         """
         for key, value in options(args):
             if value is None and key.rpartition(".")[2] not in ("help", "print_config"):
@@ -177,6 +122,11 @@ class Names:
                 self._check_class_option(key, value)
             else:
                 self._check_top(key.removesuffix("+"), f"--{key}")
+        missing = [group for group in self.bases if group not in self.chosen]
+        if missing and not any(key.rpartition(".")[2] == "help" for key, _ in options(args)) and "-h" not in args:
+            raise ConfigError(
+                f"nothing says which {' and '.join(missing)} to use; give --config FILE, for example conf/dmemm.yaml"
+            )
 
     def _check_config(self, path: str) -> None:
         for group, content in read_config(path).items():
@@ -283,9 +233,6 @@ def shorten(message: str, classes: Mapping[str, type]) -> str:
         message: The report.
         classes: Base class of the options that take a class, for suggestions.
     """
-    if "are required" in message:
-        missing = ", ".join(re.findall(r"\w+\.(\w+)", message)) or message.rpartition(": ")[2]
-        return f"nothing says what to use for: {missing}; give --config FILE, for example conf/dmemm.yaml"
     # The report is a tree: the innermost "Parser key" is the option that is wrong, the outer ones lead to it.
     keys = [m for m in re.finditer(r'Parser key "([^"]+)":?', message) if m[1] != "config"]
     option = ".".join(dict.fromkeys(m[1] for m in keys))

@@ -223,6 +223,21 @@ def test_later_files_override_only_what_they_name(capsys: pytest.CaptureFixture[
     assert config["model"]["init_args"]["pull"] == {"kind": "value", "scale": 0.3}
 
 
+def test_shipped_files_are_found_from_any_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    main_file = ("--config", "main.yaml")
+    for args in (
+        ("--config", "conf/data/medium.yaml"),
+        ("--config=conf/data/medium.yaml",),
+        ("-c", "conf/data/medium.yaml"),
+    ):
+        init_args = shown(capsys, *main_file, *args)["data"]["init_args"]
+        assert init_args["dataset"] == "lit_diffrl/pointmaze/medium-v0"
+    Path("conf/data").mkdir(parents=True)
+    write("conf/data/medium.yaml", "data: {init_args: {dataset: mine/own-v0}}")
+    config = shown(capsys, *main_file, "--config", "conf/data/medium.yaml")
+    assert config["data"]["init_args"]["dataset"] == "mine/own-v0"
+
+
 def test_short_names_choose_classes(capsys: pytest.CaptureFixture[str]) -> None:
     config = shown(capsys, "--model", "OtherMethod", "--data=TinyData", "--model.hidden", "7", "--model.pull.scale=2")
     assert config["model"]["class_path"].endswith(".OtherMethod")
@@ -510,6 +525,7 @@ def test_other_beginnings_get_one_line(capsys: pytest.CaptureFixture[str]) -> No
     assert "fit, validate, test" in error(capsys, "zzzzz")
     assert "model" in error(capsys, "fit") and "--config" in error(capsys, "fit")
     assert "'main.yaml'" in error(capsys, "fit", "--config", "mian.yaml")
+    assert "'conf/trainer/cpu.yaml'" in error(capsys, "fit", "--config", "conf/trainer/cpx.yaml")
     overlay = write("overlay.yaml", "data:\n  init_args:\n    dataset: x\n")
     assert "no data class is chosen yet" in error(capsys, "fit", "--config", overlay, "--config", "main.yaml")
 

@@ -128,6 +128,12 @@ class Method(LightningModule):
         """Seed this update's noise from its place in the run."""
         torch.manual_seed(mix_seed(global_seed(), self.global_rank, self.current_epoch, batch_idx))
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Held-out losses; a method without any has its rollouts alone."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: testing happens in the simulator (:class:`~lit_diffrl.rollout.callback.RolloutEvaluation`)."""
+
     # ---------------------------------------------------------------- guard
 
     def guard(self, losses: Mapping[str, Tensor]) -> None:

@@ -256,6 +256,11 @@ class Planner(Method):
                 return rearrange(self.row_noise(rows, shape), "n c h d -> (n c) h d").to(x.dtype)
 
             plans = self.sample_plans(conditions, draw(state), draw)
+            if not bool(plans.isfinite().all()):
+                raise ConfigError(
+                    f"a plan is not finite (horizon {horizon}, guide {self.guide.kind} at {self.guide.at}, scale "
+                    f"{self.guide.scale}); lower --model.guide.scale or cap its steps: --model.guide.max_step 0.1"
+                )
             found.append((rearrange(plans, "(n c) h d -> n c h d", n=n), self.rank(plans).view(n, count)))
         best_scores = torch.stack([score.max(dim=1).values for _, score in found])  # (horizons, n)
         winners = best_scores.argmax(dim=0).tolist()

@@ -98,7 +98,7 @@ def test_phases_follow_from_the_options():
 
 
 def test_the_value_loss_is_the_squared_error_of_the_return(make_diffuser, make_batch):
-    planner = make_diffuser(guide={"kind": "value"}, value_epochs=1)
+    planner = make_diffuser(guide={"kind": "value"}, value_epochs=1, dim=16)
     for parameter in planner.value.parameters():
         torch.nn.init.zeros_(parameter)
     assert planner.value_loss(make_batch(reward=2.0)).item() == pytest.approx(256.0)
