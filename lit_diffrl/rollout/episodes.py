@@ -8,7 +8,9 @@ finish would favour the short ones.
 from __future__ import annotations
 
 import logging
+import os
 import random
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 Observation = Any  # an array, or a dict of arrays: whatever the environment gives
 VIDEO_FRAMES = 120  # at most, spread evenly over the longest possible episode
 PLANS_DRAWN = 4  # at most, likewise
+_drawing_failed = False  # MuJoCo ends the process when it is asked to draw again after it could not
 
 
 class Agent(Protocol):
@@ -123,6 +126,8 @@ def make_env(env_spec: str, *, render: bool = False) -> gym.Env:
     from gymnasium.envs.registration import EnvSpec
 
     options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
+    if render and sys.platform == "linux" and not ({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # the default needs a display
     try:
         parsed = EnvSpec.from_json(env_spec)  # names its class, so nothing need be registered
         env = gym.make(parsed, disable_env_checker=True, **options)
@@ -187,6 +192,7 @@ def run_episodes(
         return []
     results: list[EpisodeResult] = []
     envs: list[gym.Env] = []
+    render = render and not _drawing_failed
     try:
         for k in indices[:num_envs]:
             envs.append(make_env(spec.env_spec, render=render and k == 0))
@@ -261,10 +267,11 @@ class _Episode:
         return not (terminated or truncated or self.length >= limit)
 
     def draw(self) -> None:
+        global _drawing_failed
         try:
             self.frames.append(np.asarray(self.env.render()))
         except Exception as error:  # every OpenGL platform fails in its own way
-            self.rendered = False
+            self.rendered, _drawing_failed = False, True
             log.warning(
                 "cannot draw the simulator (%s: %s), going on without video; on a machine without display try the "
                 "environment variable MUJOCO_GL=egl or MUJOCO_GL=osmesa", type(error).__name__, error,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -11,6 +15,8 @@ import torch
 
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.rollout.episodes import preserved_rng, run_episodes, summarize
+
+ROOT = Path(__file__).parents[2]
 
 
 def numbers(results):
@@ -104,10 +110,38 @@ def test_a_failing_renderer_costs_the_video_only(toy_spec, noisy_agent, monkeypa
     def no_display(self):
         raise OSError("no display")
 
+    monkeypatch.setattr("lit_diffrl.rollout.episodes._drawing_failed", False)
     monkeypatch.setattr(lit_diffrl_toy_env.Countdown, "render", no_display)
-    results = run_episodes(toy_spec(), noisy_agent(), episodes=2, num_envs=2, render=True)
-    assert len(results) == 2 and not results[0].frames
+    for _ in range(2):  # MuJoCo would end the process at the second attempt
+        results = run_episodes(toy_spec(), noisy_agent(), episodes=2, num_envs=2, render=True)
+        assert len(results) == 2 and not results[0].frames
     assert caplog.text.count("MUJOCO_GL=egl") == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"MUJOCO_GL": "glfw"}])
+def test_without_a_display_robots_are_drawn_by_egl(more):
+    """In a process of its own: where EGL is missing or not allowed, so is the video, and nothing worse happens."""
+    code = (
+        "import gymnasium as gym, numpy as np\n"
+        "from lit_diffrl.data.spec import DatasetSpec\n"
+        "from lit_diffrl.rollout import run_episodes\n"
+        "class Still:\n"
+        "    def reset(self, mask=None, seeds=None): pass\n"
+        "    def act(self, obs, active=None): return np.zeros((len(obs), 3), dtype=np.float32)\n"
+        "spec = DatasetSpec(obs_dim=11, action_dim=3, action_low=[-1] * 3, action_high=[1] * 3, dataset_ids=[],\n"
+        "    env_spec=gym.spec('Hopper-v5').to_json(), ref_min=None, ref_max=None, max_episode_steps=2,\n"
+        "    obs_keys=None, goal_key=None, goal=None, obs_normalizer={}, action_normalizer={},\n"
+        "    reward_max=1, reward_min=0)\n"
+        "frames = [run_episodes(spec, Still(), episodes=1, render=True)[0].frames for _ in range(3)]\n"
+        "assert [len(f) for f in frames] in ([2, 2, 2], [0, 0, 0])\n"
+        "assert all(np.std(f) > 0 for f in frames if f)\n"
+        "print(len(frames[0]))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL")}
+    environment |= more
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not more or done.stdout.split() == ["0"]
 
 
 def test_gradients_work_for_the_agent_under_inference_mode(toy_spec, noisy_agent):
