@@ -13,6 +13,20 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def mazes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root of Minari datasets with short walks in the umaze, ``umaze-v0`` and ``umaze-dense-v0``; not to be changed."""
+    from lit_diffrl.data import pointmaze
+
+    root = tmp_path_factory.mktemp("mazes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        patch.setattr(pointmaze, "REFERENCE_EPISODES", 1)
+        for variant in ("umaze", "umaze-dense"):
+            pointmaze.collect(f"lit_diffrl/pointmaze/{variant}-v0", steps=3_000, progress=False)
+    return root
+
+
 @pytest.fixture
 def minari_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty root of Minari datasets, for this test only."""

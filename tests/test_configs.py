@@ -1,4 +1,4 @@
-"""Every file of conf/ trains, saves and acts: a few batches of each phase, on small data under the names it asks for."""
+"""Every file of conf/ trains, saves and acts: a few batches of each phase, on small data by the names it asks for."""
 
 from __future__ import annotations
 
@@ -26,10 +26,16 @@ CONF = Path(__file__).parents[1] / "conf"
 MAIN = [*sorted(CONF.glob("*.yaml")), *sorted(CONF.glob("paper/*/*.yaml"))]
 OVERLAYS = sorted(CONF.glob("data/*.yaml"))
 PHASES = ("world_model_epochs", "value_epochs", "diffusion_epochs")
-SMALL = (
-    "--data.updates_per_epoch=2 --data.batch_size=2 --data.transition_batch_size=8 --rollout.episodes=1 "
-    "--rollout.num_envs=1 --rollout.max_steps=2 --trainer.accelerator=cpu --trainer.enable_model_summary=false"
-).split()
+SMALL = [
+    "--data.updates_per_epoch=2",
+    "--data.batch_size=2",
+    "--data.transition_batch_size=8",
+    "--rollout.episodes=1",
+    "--rollout.num_envs=1",
+    "--rollout.max_steps=2",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_model_summary=false",
+]
 WALK = {"umaze": 2_000, "medium": 4_000, "large": 12_000}
 ROBOTS = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "HalfCheetah-v5"}
 
@@ -38,7 +44,7 @@ def name(path: Path) -> str:
     return path.relative_to(CONF).with_suffix("").as_posix()
 
 
-# ---------------------------------------------------------------- data under the names that the configs ask for
+# ---------------------------------------------------------------- data by the names that the configs ask for
 
 
 def record(env_id: str, steps: int = 260) -> list[dict[str, np.ndarray]]:

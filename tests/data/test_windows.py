@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lit_diffrl.data.episodes import Episodes
+from lit_diffrl.data.segments import discounted_returns, goal_departures, window_starts
 from lit_diffrl.data.sources import SourceInfo
-from lit_diffrl.data.windows import WindowData, discounted_returns, goal_departures, window_starts
+from lit_diffrl.data.windows import WindowData
 from lit_diffrl.errors import ConfigError, DataError
 
 
