@@ -23,7 +23,7 @@ import lit_diffrl.data
 import lit_diffrl.methods  # noqa: F401  their classes are known by short names once imported
 from lit_diffrl import runs
 from lit_diffrl.arguments import last_option, options, read_config
-from lit_diffrl.errors import ConfigError
+from lit_diffrl.errors import ConfigError, DataError
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Method
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.rollout.callback import RolloutEvaluation
@@ -299,6 +299,12 @@ def run(args: list[str]) -> int:
             DiffRLCLI(args)
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except ValueError as error:
+            # The parser wraps whatever a constructor raises in a report of its own.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, ConfigError | DataError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from error
     return 0
 
 

@@ -1,4 +1,7 @@
-"""The two errors of the package and the words they are written with."""
+"""The two errors of the package and the words they are written with.
+
+They are no ValueErrors on purpose: argument parsers take those for a value of the wrong type and report their own.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import difflib
 from collections.abc import Iterable
 
 
-class DataError(ValueError):
+class DataError(Exception):
     """A dataset that cannot be used: the message names dataset, place, finding and next step."""
 
 
-class ConfigError(ValueError):
+class ConfigError(Exception):
     """An option, name or checkpoint that does not fit: the message names it, its value and what is accepted."""
 
 

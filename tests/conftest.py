@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def mazes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root of Minari datasets with short walks in the umaze, ``umaze-v0`` and ``umaze-dense-v0``; not to be changed."""
+    """A root of Minari datasets with short walks, ``umaze-v0`` and ``umaze-dense-v0``; to be read only."""
     from lit_diffrl.data import pointmaze
 
     root = tmp_path_factory.mktemp("mazes")

@@ -49,7 +49,7 @@ class TinyMethod(Method):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.hidden, self.lr, self.epochs, self.pause = hidden, lr, epochs, pause
-        self.pull = as_options(Pull, pull)
+        self.pull = as_options(Pull(), pull)
 
     @property
     def phases(self) -> list[Phase]:
@@ -259,8 +259,31 @@ def test_trainer_files_lie_over_any_config(path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "data").glob("*.yaml")), ids=lambda p: p.stem)
 def test_data_files_change_the_dataset(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overlay = yaml.safe_load(path.read_text())
+    if "model" in overlay:  # options that go with these data: theirs is the real method's config
+        config = shown(capsys, "--config", str(ROOT / "conf" / "dmemm.yaml"), "--config", str(path))
+        assert config["model"]["init_args"]["plan"]["rank_by"] == "arrival"
+        assert config["model"]["init_args"]["plan"]["candidates"] == 2
+        assert config["data"]["init_args"]["dataset"] == overlay["data"]["init_args"]["dataset"]
+        return
     config = shown(capsys, "--config", "main.yaml", "--config", str(path))
-    assert config["data"]["init_args"] == {**yaml.safe_load(path.read_text())["data"]["init_args"], "horizon": 16}
+    assert config["data"]["init_args"] == {**overlay["data"]["init_args"], "horizon": 16}
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--model.lr", "-1"), "model.lr must be in"),
+        (("--model.guide.scale", "-1"), "guide.scale must be in"),
+        (("--model.plan.rank_by", "none"), "plan.candidates is 2"),
+    ],
+)
+def test_an_argument_that_a_method_refuses_costs_one_line(
+    option: tuple[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", str(ROOT / "conf" / "dmemm.yaml"), *option]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and len(error.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- a run and its folder

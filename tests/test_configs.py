@@ -130,7 +130,7 @@ def shortened(paths: list[str]) -> list[str]:
     options = [f"--model.{phase}=1" for phase in PHASES if model.get(phase)]
     if (model.get("plan") or {}).get("candidates", 1) > 1:
         options.append("--model.plan.candidates=2")
-    return [*SMALL, *options, "--model.sampler.steps=2"]
+    return [*SMALL, *options, "--model.sampler.steps=2", "--model.ema.every=1"]
 
 
 def fit(paths: list[str], *more: str) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def test_the_alternatives_in_comments_train_too(config: str, more: str) -> None:
         "--model.lambda_rd 0",
         "--model.guide.lambda_transition 0",
         "--model.x0_estimate chain_bridge --model.chain.compute exact_two_pass",
-        "--model.x0_estimate chain_ddim --model.chain.compute checkpointed --data.horizon 8",
+        "--model.x0_estimate chain_ddim --model.chain.compute checkpointed --data.horizon [8,12]",
     ],
 )
 def test_ablations_and_estimators_train_by_one_option(more: str) -> None:

@@ -239,7 +239,7 @@ class WindowData(LightningDataModule):
 
     def _describe(self, info: SourceInfo) -> None:
         assert self.episodes is not None
-        row_reward = self._strided_reward(self.usable)
+        row_reward = self._strided_reward(torch.arange(self.episodes.num_steps))
         self.spec = DatasetSpec(
             obs_dim=self.episodes.obs_dim,
             action_dim=self.episodes.action_dim,

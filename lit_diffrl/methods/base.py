@@ -5,15 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods.agreement import (
+    refuse_other_arguments,
+    refuse_other_data,
+    refuse_other_past,
+    refuse_other_shapes,
+)
 from lit_diffrl.seeding import global_seed, mix_seed
 
 CHECKPOINT_KEY = "lit_diffrl"
@@ -37,9 +44,9 @@ class Phase:
     members: int = 1
 
 
-def as_options(kind: type[Options], value: Options | Mapping[str, Any]) -> Options:
-    """Turn the plain dict that a checkpoint or a notebook hands over into an options dataclass."""
-    return kind(**value) if isinstance(value, Mapping) else value
+def as_options(default: Options, value: Options | Mapping[str, Any]) -> Options:
+    """Turn the plain dict of a checkpoint or a notebook into options; what it leaves out is ``default``'s."""
+    return dataclasses.replace(default, **value) if isinstance(value, Mapping) else value  # type: ignore[type-var]
 
 
 def plain(value: Any) -> Any:
@@ -63,6 +70,9 @@ class Method(LightningModule):
     ``training_step``. Random numbers of an update are a pure function of (seed, rank, epoch, batch), which is what
     lets a resumed run repeat an uninterrupted one.
     """
+
+    # Arguments that give the weights their meaning without showing in their shapes.
+    fixed_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,19 +120,8 @@ class Method(LightningModule):
         if self.spec is None:
             self.build(spec)
         else:
-            self._refuse_other_data(self.spec, spec)
+            refuse_other_data(self.spec, spec)
             self.spec = spec
-
-    @staticmethod
-    def _refuse_other_data(saved: DatasetSpec, current: DatasetSpec) -> None:
-        fields = ("obs_dim", "action_dim", "dataset_ids", "stride")
-        pairs = [(name, getattr(saved, name), getattr(current, name)) for name in fields]
-        wrong = [f"{name}: checkpoint {a!r}, now {b!r}" for name, a, b in pairs if a != b]
-        if wrong:
-            raise ConfigError(
-                "the checkpoint was trained on other data (" + "; ".join(wrong) + "); "
-                "give the same --data options, or start a new run without --ckpt_path"
-            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed this update's noise from its place in the run."""
@@ -145,8 +144,10 @@ class Method(LightningModule):
         Raises:
             ConfigError: With method, phase, update and every loss of this update.
         """
-        if all(bool(torch.isfinite(v).all()) for v in losses.values()):
+        if bool(torch.stack([v.detach().float() for v in losses.values()]).isfinite().all()):
             return
+        if self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # 16-mixed meets infinities by design: its scaler skips the step and lowers the scale
         values = ", ".join(f"{k} = {v.detach().float().mean().item():.4g}" for k, v in losses.items())
         place = f"epoch {self.current_epoch}" if self._trainer is not None else "outside a run"
         raise ConfigError(
@@ -163,6 +164,7 @@ class Method(LightningModule):
         checkpoint[CHECKPOINT_KEY] = {
             "method": f"{type(self).__module__}.{type(self).__qualname__}",
             "spec": self.spec.to_dict(),
+            "phases": [[p.name, p.epochs] for p in self.phases],
             "seed": global_seed(),
         }
         if "hyper_parameters" in checkpoint:
@@ -177,23 +179,12 @@ class Method(LightningModule):
         if self.spec is None:
             self.build(saved)
         else:
-            self._refuse_other_data(saved, self.spec)
-        self._refuse_other_shapes(checkpoint["state_dict"])
-
-    def _refuse_other_shapes(self, saved: Mapping[str, Tensor]) -> None:
-        own = self.state_dict()
-        wrong = [
-            f"{k}: checkpoint {tuple(saved[k].shape)}, now {tuple(own[k].shape)}"
-            for k in saved.keys() & own.keys()
-            if saved[k].shape != own[k].shape
-        ]
-        missing = sorted(saved.keys() ^ own.keys())
-        if wrong or missing:
-            detail = wrong[:3] + ([f"only on one side: {', '.join(missing[:3])}"] if missing else [])
-            raise ConfigError(
-                "the checkpoint's networks differ from this configuration's (" + "; ".join(detail) + "); "
-                "use the run's own config.yaml"
-            )
+            refuse_other_data(saved, self.spec)
+        refuse_other_shapes(checkpoint["state_dict"], self.state_dict())
+        refuse_other_arguments(self.fixed_arguments, checkpoint.get("hyper_parameters", {}), self.hparams)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            phases = [(p.name, p.epochs) for p in self.phases]
+            refuse_other_past(own.get("phases", []), phases, checkpoint["epoch"] + 1)
 
     # ---------------------------------------------------------------- agent
 

@@ -7,6 +7,7 @@ second version, whose settings the released code has).
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -29,12 +30,20 @@ from lit_diffrl.nets.unet import TemporalUNet, ValueUNet
 SCALE_SAMPLE = 100_000  # transitions that the scales of the world model's targets are measured on
 
 
-def loss_weights(horizon: int, action_dim: int, obs_dim: int, action_weight: float, discount: float) -> Tensor:
+@lru_cache(maxsize=64)
+def loss_weights(
+    horizon: int,
+    action_dim: int,
+    obs_dim: int,
+    action_weight: float,
+    discount: float,
+    device: torch.device | None = None,
+) -> Tensor:
     """Weights ``(H, action + obs)`` of the squared error: ``discount^t`` on row t, but on the first action its own.
 
     The discounts are divided by their mean; the first action's weight is set, not multiplied.
     """
-    rows = discount ** torch.arange(horizon, dtype=torch.float32)
+    rows = discount ** torch.arange(horizon, dtype=torch.float32, device=device)
     weights = (rows / rows.mean())[:, None].repeat(1, action_dim + obs_dim)
     weights[0, :action_dim] = action_weight
     return weights
@@ -82,6 +91,9 @@ class Diffuser(Planner):
         world_model: Sizes and training of the reward and transition models.
     """
 
+    guide_kinds: tuple[str, ...] = ("none", "value")
+    fixed_arguments = ("n_diffusion_steps", "schedule", "predict", "goal_conditioned")
+
     def __init__(
         self,
         horizon: int | list[int] = 128,
@@ -128,15 +140,38 @@ class Diffuser(Planner):
         self.dim, self.dim_mults, self.attention = dim, tuple(dim_mults), attention
         self.lr, self.lr_decay, self.grad_clip = lr, lr_decay, grad_clip
         self.epochs = {"world_model": world_model_epochs, "value": value_epochs, "diffusion": diffusion_epochs}
-        self.ema_options = as_options(EMAOptions, ema)
-        self.sampler = as_options(SamplerOptions, sampler)
-        self.guide = as_options(GuideOptions, guide)
-        self.plan_options = as_options(PlanOptions, plan)
-        self.world_model_options = as_options(WorldModelOptions, world_model)
+        self.ema_options = as_options(EMAOptions(), ema)
+        self.sampler = as_options(SamplerOptions(), sampler)
+        self.guide = as_options(GuideOptions(), guide)
+        self.plan_options = as_options(PlanOptions(), plan)
+        self.world_model_options = as_options(WorldModelOptions(), world_model)
         self.schedule = Schedule(schedule, n_diffusion_steps)
         if self.sampler.steps is not None:
             check_range("model.sampler.steps", self.sampler.steps, 1, n_diffusion_steps)
         self._check_phases()
+        self._check_planning()
+
+    def _check_planning(self) -> None:
+        options, horizons = self.plan_options, self.plan_options.horizons or self.horizons
+        if self.guide.kind not in self.guide_kinds:
+            raise ConfigError(
+                f"guide.kind {self.guide.kind!r} is not one of {type(self).__name__}'s: {', '.join(self.guide_kinds)}"
+            )
+        if len(horizons) > 1 and options.rank_by not in ("model", "arrival"):
+            raise ConfigError(
+                f"plans of different lengths {horizons} are compared by plan.rank_by 'model' or 'arrival', got "
+                f"{options.rank_by!r}; choose one of these, or a single length by --model.plan.horizons"
+            )
+        if options.rank_by == "arrival" and not self.goal_conditioned:
+            raise ConfigError(
+                "plan.rank_by 'arrival' needs plans to a goal: set model.goal_conditioned, or use 'model'"
+            )
+        replans = options.mode == "receding" or options.replan_every is not None
+        if self.goal_conditioned and replans and len(horizons) == 1:
+            raise ConfigError(
+                f"replanning to a goal with the single horizon {horizons[0]} keeps it that many rows away for ever; "
+                "plan once (plan.mode waypoints, plan.replan_every null) or train several horizons"
+            )
 
     def _check_phases(self) -> None:
         for name, used in (("value", self.uses_value), ("world_model", self.uses_world_model)):
@@ -146,9 +181,10 @@ class Diffuser(Planner):
                     f"model.{name}_epochs is {self.epochs[name]}, but this configuration {state} its {name} "
                     "(guide.kind, plan.rank_by and the losses decide); " + ("give it epochs" if used else "set it to 0")
                 )
-        if self.uses_value and len(self.horizons) > 1:
+        if self.uses_value and {*self.horizons, *(self.plan_options.horizons or [])} != {self.horizons[0]}:
             raise ConfigError(
-                f"the return regressor serves one horizon, model.horizon is {self.horizons}; give a single one"
+                f"the return regressor serves one horizon, model.horizon is {self.horizons} and plan.horizons "
+                f"{self.plan_options.horizons}; give a single one"
             )
 
     @property
@@ -159,7 +195,7 @@ class Diffuser(Planner):
     @property
     def uses_world_model(self) -> bool:
         """Whether guidance, ranking or a loss needs the reward and transition models."""
-        return self.guide.kind == "dual" or self.plan_options.rank_by == "model"
+        return self.guide.kind == "dual" or self.plan_options.rank_by in ("model", "arrival")
 
     @property
     def phases(self) -> list[Phase]:
@@ -174,7 +210,7 @@ class Diffuser(Planner):
     @property
     def can_act(self) -> bool:
         """Whether the diffusion model has been trained."""
-        return self.spec is not None and int(self.ema.count) > 0
+        return self.spec is not None and int(self.ema.count) >= self.ema.every
 
     # ---------------------------------------------------------------- networks
 
@@ -200,12 +236,39 @@ class Diffuser(Planner):
                 layers=o.layers,
                 reward_hidden=o.reward_hidden,
                 reward_layers=o.reward_layers,
+                reward_members=o.reward_members,
+                reward_pessimism=o.reward_pessimism,
                 variance_floor=o.variance_floor,
                 patience=o.patience,
                 reward_low=spec.reward_min / self.reward_scale,
                 reward_high=spec.reward_max / self.reward_scale,
             )
             self.register_buffer("likelihood_floor", torch.zeros(()))
+
+    def setup(self, stage: str) -> None:
+        """Build the networks and check that the data's windows are those that plans are made of."""
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and data.horizons != self.horizons:
+            raise ConfigError(
+                f"model.horizon {self.horizons} and data.horizon {data.horizons} must be equal; set data.horizon and "
+                "let the model follow: horizon: ${data.init_args.horizon}"
+            )
+        if self.goal_conditioned and data.hparams["use_padding"]:
+            raise ConfigError(
+                "model.goal_conditioned takes a window's last row for its goal, but data.use_padding puts padding "
+                "there; set data.use_padding false"
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another quantile than the one that feasible plans were measured by (see :class:`Method`)."""
+        super().on_load_checkpoint(checkpoint)
+        saved = as_options(PlanOptions(), checkpoint["hyper_parameters"].get("plan", {})).rank_quantile
+        if self.uses_world_model and self.plan_options.rank_quantile not in (saved, None):
+            raise ConfigError(
+                f"plan.rank_quantile is {self.plan_options.rank_quantile}, but the checkpoint's world model was "
+                f"calibrated for {saved}; use that, null, or train again"
+            )
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Adam for each network, in the order of the phases."""
@@ -241,7 +304,7 @@ class Diffuser(Planner):
         x_k = self.schedule.q_sample(x0, k, eps)
         return k, eps, impose(x_k, self.conditions_of(x0), self.spec.action_dim)
 
-    def diffusion_error(self, x0: Tensor, x0_hat: Tensor, x_k: Tensor, k: Tensor, eps: Tensor) -> Tensor:
+    def diffusion_error(self, x0: Tensor, x0_hat: Tensor, k: Tensor) -> Tensor:
         """Weighted squared error of each window ``(B,)``, mean over its entries; known states count as exact.
 
         For ``eps`` the error is that of the noise, x0's divided by u_k.
@@ -251,15 +314,14 @@ class Diffuser(Planner):
         error = impose(x0_hat - x0, {r: torch.zeros_like(s) for r, s in self.conditions_of(x0).items()}, da)
         if self.predict == "eps":
             error = error / self.schedule.at("u", k, error)
-        weights = loss_weights(x0.shape[1], da, self.spec.obs_dim, self.action_weight, self.loss_discount)
-        return (weights.to(error.device) * error.square()).mean(dim=(1, 2))
+        weights = loss_weights(x0.shape[1], da, self.spec.obs_dim, self.action_weight, self.loss_discount, error.device)
+        return (weights * error.square()).mean(dim=(1, 2))
 
     def diffusion_loss(self, batch: WindowBatch) -> dict[str, Tensor]:
         """The loss of the diffusion phase under the name it is logged by; ``total`` is descended."""
         x0 = batch.trajectory
-        k, eps, x_k = self.noised(x0)
-        x0_hat = self.estimate_x0(self.net, x_k, k)
-        error = self.diffusion_error(x0, x0_hat, x_k, k, eps).mean()
+        k, _, x_k = self.noised(x0)
+        error = self.diffusion_error(x0, self.estimate_x0(self.net, x_k, k), k).mean()
         return {"total": error, "diffusion": error}
 
     def value_loss(self, batch: WindowBatch) -> Tensor:
@@ -272,7 +334,7 @@ class Diffuser(Planner):
         model = self.world_model
         nll = model.transition_loss(batch.obs, batch.action, batch.next_obs)
         reward = model.reward_loss(batch.obs[0], batch.action[0], batch.reward[0] / self.reward_scale)
-        return {"total": nll[~model.stopped].sum() + reward, "dynamics": nll.mean(), "reward": reward}
+        return {"total": torch.where(model.stopped, 0.0, nll).sum() + reward, "dynamics": nll.mean(), "reward": reward}
 
     # ---------------------------------------------------------------- training
 
@@ -291,10 +353,12 @@ class Diffuser(Planner):
         else:
             losses = self.diffusion_loss(batch)
 
-        self.guard({f"loss/{name}": loss for name, loss in losses.items()})
         self.manual_backward(losses["total"])
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.guard({**{f"loss/{name}": loss for name, loss in losses.items()}, f"grad_norm/{phase}": norm})
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         optimizer.step()
 
         if phase == "value":
@@ -317,8 +381,19 @@ class Diffuser(Planner):
         for group in optimizer.param_groups:
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done / self.epochs[phase])))
 
+    def on_fit_start(self) -> None:
+        """Refuse a run whose world model would never be validated: its best weights could not be told."""
+        epochs, every = self.epochs["world_model"], self.trainer.check_val_every_n_epoch or 1
+        if epochs and (self.trainer.limit_val_batches == 0 or every > epochs):
+            raise ConfigError(
+                f"the world model needs a validation within its {epochs} epochs, got --trainer.limit_val_batches "
+                f"{self.trainer.limit_val_batches} and --trainer.check_val_every_n_epoch {every}; how often to roll "
+                "out is set by --rollout.every_n_epochs"
+            )
+
     def on_train_epoch_start(self) -> None:
         """Open the world model's phase (scales of its targets) and close it (best weights, elites, likelihoods)."""
+        self.log("phase", float([p.name for p in self.phases].index(self.phase.name)))
         if not self.uses_world_model:
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.windows import WindowBatch
 from lit_diffrl.diffusion.estimators import TWO_PASS_COMPUTES, backward_two_pass, estimate
-from lit_diffrl.errors import check_choice, check_range
+from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.diffuser import Diffuser
 from lit_diffrl.methods.options import (
@@ -27,6 +28,7 @@ from lit_diffrl.methods.options import (
 )
 from lit_diffrl.methods.planner import impose
 
+DUAL_GUIDE = GuideOptions(kind="dual", at="x0", scale=1e-3, max_step=0.1)
 REWARD_GAP_EVERY = 50  # updates between two measurements of how far plans outrun the data's predicted rewards
 
 
@@ -93,7 +95,7 @@ class DMEMM(Diffuser):
         transition_weights: list[float] | None = None,
         reward_units: Literal["scaled", "raw"] = "scaled",
         condition_estimate: bool = True,
-        guide: GuideOptions = GuideOptions(kind="dual", at="x0", scale=1e-3, max_step=0.1),
+        guide: GuideOptions = DUAL_GUIDE,
         **kwargs: Any,
     ) -> None:
         check_range("model.lambda_tr", lambda_tr, 0)
@@ -103,16 +105,35 @@ class DMEMM(Diffuser):
         check_choice("model.reduction", reduction, ("entries", "mean"))
         check_choice("model.reward_units", reward_units, ("scaled", "raw"))
         check_range("model.aux_u_max", aux_u_max, 0, low_open=True)
+        if snr_cap is not None and kwargs.get("predict") == "eps":
+            raise ConfigError(
+                "model.snr_cap weights clean predictions; with predict 'eps' the loss has that weight already"
+            )
         if snr_cap is not None:
             check_range("model.snr_cap", snr_cap, 0, low_open=True)
         self.lambda_tr, self.lambda_rd, self.x0_estimate = lambda_tr, lambda_rd, x0_estimate
-        self.chain = as_options(ChainOptions, chain)
-        self.weighting = as_options(WeightingOptions, weighting)
+        self.chain = as_options(ChainOptions(), chain)
+        self.weighting = as_options(WeightingOptions(), weighting)
         self.reduction, self.snr_cap = reduction, snr_cap
         self.aux_k_weight, self.aux_u_max = aux_k_weight, aux_u_max
         self.detach_transition_input, self.transition_weights = detach_transition_input, transition_weights
         self.reward_units, self.condition_estimate = reward_units, condition_estimate
-        super().__init__(guide=guide, **kwargs)
+        super().__init__(guide=as_options(DUAL_GUIDE, guide), **kwargs)
+
+    guide_kinds = ("none", "value", "dual")
+
+    def build(self, spec: DatasetSpec) -> None:
+        """Networks as Diffuser's, after checking what only the dataset's dimensions can tell."""
+        if self.transition_weights is not None and len(self.transition_weights) != spec.obs_dim:
+            raise ConfigError(
+                f"model.transition_weights needs one number per observation dimension, {spec.obs_dim}; got "
+                f"{len(self.transition_weights)}"
+            )
+        if self.weighting.t_max == "episode" and spec.max_episode_steps is None:
+            raise ConfigError(
+                "weighting.t_max is 'episode', but the dataset's environment has no time limit; give a number of rows"
+            )
+        super().build(spec)
 
     @property
     def uses_world_model(self) -> bool:
@@ -162,7 +183,7 @@ class DMEMM(Diffuser):
             reward = batch.reward
         total = reward.sum(-1) if options.source == "window" else batch.episode_return
         r_max = self.spec.reward_max if options.r_max == "auto" else float(options.r_max)
-        episode_rows = (self.spec.max_episode_steps or horizon) / self.spec.stride
+        episode_rows = (self.spec.max_episode_steps or 0) / self.spec.stride
         t_max = {"horizon": float(horizon), "episode": episode_rows}.get(str(options.t_max), options.t_max)
         assert isinstance(t_max, float | int)
         if options.mode == "minmax":
@@ -193,9 +214,14 @@ class DMEMM(Diffuser):
         rows = batch.mask.sum(-1)
         self._log_reward_gap(plan, batch)
         by_entries = self.reduction == "entries"
-        tr = self.transition_loss(plan, batch.mask) / (entries if by_entries else (rows - 1).clamp_min(1))
-        rd = self.reward_loss(plan, batch.mask) / (entries if by_entries else rows)
-        return {"tr": (over_k * tr).mean(), "rd": (over_k * rd).mean()}
+        losses: dict[str, Tensor] = {}
+        if self.lambda_tr > 0:
+            tr = self.transition_loss(plan, batch.mask) / (entries if by_entries else (rows - 1).clamp_min(1))
+            losses["tr"] = (over_k * tr).mean()
+        if self.lambda_rd > 0:
+            rd = self.reward_loss(plan, batch.mask) / (entries if by_entries else rows)
+            losses["rd"] = (over_k * rd).mean()
+        return losses
 
     def diffusion_loss(self, batch: WindowBatch) -> dict[str, Tensor]:
         """Eq. 12 on one batch."""
@@ -204,7 +230,7 @@ class DMEMM(Diffuser):
         x0_hat = self.estimate_x0(self.net, x_k, k)
 
         # Eq. 11
-        error = self.diffusion_error(x0, x0_hat, x_k, k, eps)
+        error = self.diffusion_error(x0, x0_hat, k)
         if self.snr_cap is not None:
             error = error * (1 / self.schedule.at("u", k, x0).flatten().square()).clamp_max(self.snr_cap)
         weights = self.reward_weights(batch)
@@ -218,7 +244,8 @@ class DMEMM(Diffuser):
 
         def modulated(plan: Tensor) -> Tensor:
             losses.update(self.modulation(plan, batch, k))
-            return self.lambda_tr * losses["tr"] + self.lambda_rd * losses["rd"]
+            weights = {"tr": self.lambda_tr, "rd": self.lambda_rd}
+            return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
         tweedie = self.x0_estimate == "tweedie"
         auxiliary = modulated(x0_hat) if tweedie else self.chained(modulated, x0, k, eps, x0_hat)
@@ -242,8 +269,16 @@ class DMEMM(Diffuser):
         }
         arguments = (self.x0_estimate, predict, self.schedule, x0, k, eps)
         if self.chain.compute in TWO_PASS_COMPUTES:
-            return backward_two_pass(*arguments, loss_of, backward=self.manual_backward, **options)
+            return backward_two_pass(*arguments, loss_of, backward=self.accumulate, **options)
         return loss_of(estimate(*arguments, **options))
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Add a loss to the gradients without averaging them over processes: the total's backward pass does that.
+
+        The number of chunks depends on each process's diffusion steps; an average per chunk would wait for ever.
+        """
+        scaled = loss if self._trainer is None else self.trainer.precision_plugin.pre_backward(loss, self)
+        scaled.backward()
 
     @torch.no_grad()
     def _log_reward_gap(self, plan: Tensor, batch: WindowBatch) -> None:
@@ -266,7 +301,7 @@ class DMEMM(Diffuser):
         if self.guide.kind == "value":
             return super().guide_objective(x, level)
         action, obs = self._split(x)
-        objective = self.predicted_reward(obs, action).sum(-1)
+        objective = self.guide.lambda_reward * self.predicted_reward(obs, action).sum(-1)
         if self.guide.lambda_transition > 0:
             next_obs = obs[:, 1:] if self.guide.next_obs_gradient else obs[:, 1:].detach()
             likelihood = self.world_model.log_prob(obs[:, :-1], action[:, :-1], next_obs, mixture=self.guide.mixture)

@@ -25,11 +25,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for torn, foreign and unsafe files
+        reason = str(error).partition("\n")[0] or "it ends too early"
         raise ConfigError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}); it may be "
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); it may be "
             "torn or hold more than tensors and plain values: use another checkpoint of the run"
         ) from error
-    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+    own = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(own, dict) or not {"method", "spec"} <= own.keys() or "state_dict" not in checkpoint:
         raise ConfigError(f"{path} was not written by lit_diffrl's fit; give a file from a run's checkpoints folder")
     return checkpoint
 
@@ -60,8 +62,13 @@ def load_agent(path: str | Path, device: str) -> Method:
     """Build the checkpoint's method, load its weights and put it in evaluation mode; see :func:`lit_diffrl.load`."""
     checkpoint = read_checkpoint(path)
     kind = method_class(checkpoint[CHECKPOINT_KEY]["method"])
-    arguments = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
-    agent = kind(**arguments)
+    arguments = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
+    try:
+        agent = kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{path} was written by another version of {kind.__name__} ({error}); use that version, or train again"
+        ) from error
     agent.on_load_checkpoint(checkpoint)
     agent.load_state_dict(checkpoint["state_dict"])
     return agent.to(device).eval()

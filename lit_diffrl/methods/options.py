@@ -58,6 +58,12 @@ class SamplerOptions:
         check_range("sampler.eta", self.eta, 0, 1)
         check_range("sampler.order", self.order, 1, 2)
         check_range("sampler.temperature", self.temperature, 0)
+        if self.eta > 0 and self.name != "ddim":
+            raise ConfigError(f"sampler.eta is {self.eta}, which only 'ddim' uses; sampler.name is {self.name!r}")
+        if (self.final_noise or self.variance == "beta") and self.name != "ddpm":
+            raise ConfigError(
+                f"sampler.variance and sampler.final_noise are for 'ddpm', but sampler.name is {self.name!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class GuideOptions:
         n_steps: Guide steps per reverse step, for ``xt`` and ``x0_through``.
         t_stopgrad: No guidance in the last so many diffusion steps.
         max_step: Cap on the shift of any entry per guide step, in normalised units; null for none.
+        lambda_reward: Weight of the predicted rewards in Eq. 13 (1 in the paper); 0 where the reward model knows
+            another goal than the plan.
         lambda_transition: DMEMM's lambda of Eq. 13; 0 is the ablation without transition guidance.
         next_obs_gradient: Differentiate log T(s'|s,a) with respect to s' too; false is Eq. 13 as printed.
         mixture: Use the log-density of the ensemble's mixture instead of the mean of the log-densities.
@@ -86,6 +94,7 @@ class GuideOptions:
     n_steps: int = 1
     t_stopgrad: int = 0
     max_step: float | None = None
+    lambda_reward: float = 1.0
     lambda_transition: float = 1.0
     next_obs_gradient: bool = True
     mixture: bool = False
@@ -96,7 +105,13 @@ class GuideOptions:
         check_range("guide.scale", self.scale, 0)
         check_range("guide.n_steps", self.n_steps, 1)
         check_range("guide.t_stopgrad", self.t_stopgrad, 0)
+        check_range("guide.lambda_reward", self.lambda_reward, 0)
         check_range("guide.lambda_transition", self.lambda_transition, 0)
+        if self.n_steps > 1 and self.at in ("mean", "x0"):
+            raise ConfigError(
+                f"guide.n_steps is {self.n_steps}, but at '{self.at}' there is one guide step per reverse step; "
+                "use 'xt' or 'x0_through', or 1"
+            )
         if self.max_step is not None:
             check_range("guide.max_step", self.max_step, 0, low_open=True)
 
@@ -110,10 +125,12 @@ class PlanOptions:
             ``waypoints`` plans to the goal and tracks the planned states with the maze controller of Diffuser.
         candidates: Plans drawn per decision and horizon.
         rank_by: Which candidate wins: ``none`` the first, ``value`` the return regressor on the final plan, ``model``
-            the reward and transition models: sum of predicted rewards plus ``rank_lambda`` times the plan's likelihood.
-        horizons: Plan lengths to try, in rows; null for the training's. Needs ``rank_by: model`` when several.
+            the reward and transition models: sum of predicted rewards plus ``rank_lambda`` times the plan's likelihood,
+            ``arrival`` the same with the rows left after the plan's end for reward: the first to arrive, whatever the
+            goal.
+        horizons: Plan lengths to try, in rows; null for the training's. Several need ``model`` or ``arrival``.
         replan_every: For ``waypoints``: simulator steps between plans; null plans once per episode.
-        rank_lambda: Weight of the likelihood in ``rank_by: model``.
+        rank_lambda: Weight of the likelihood in ``rank_by: model`` and ``arrival``.
         rank_quantile: Quantile of the held-out transitions' log-density that counts as feasible: only the shortfall of
             a planned transition below it is charged. Null charges the mean log-density of the plan itself.
         position_gain: Gain of the controller on position errors.
@@ -122,7 +139,7 @@ class PlanOptions:
 
     mode: Literal["receding", "waypoints"] = "receding"
     candidates: int = 1
-    rank_by: Literal["none", "value", "model"] = "none"
+    rank_by: Literal["none", "value", "model", "arrival"] = "none"
     horizons: list[int] | None = None
     replan_every: int | None = None
     rank_lambda: float = 1.0
@@ -132,17 +149,18 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         check_choice("plan.mode", self.mode, ("receding", "waypoints"))
-        check_choice("plan.rank_by", self.rank_by, ("none", "value", "model"))
+        check_choice("plan.rank_by", self.rank_by, ("none", "value", "model", "arrival"))
         check_range("plan.candidates", self.candidates, 1)
         check_range("plan.rank_lambda", self.rank_lambda, 0)
         if self.replan_every is not None:
             check_range("plan.replan_every", self.replan_every, 1)
         if self.rank_quantile is not None:
             check_range("plan.rank_quantile", self.rank_quantile, 0, 1)
-        if self.horizons is not None and len(self.horizons) > 1 and self.rank_by != "model":
+        if self.horizons is not None:
+            check_range("plan.horizons", min(self.horizons, default=0), 2)
+        if self.mode == "receding" and self.replan_every is not None:
             raise ConfigError(
-                f"plan.horizons {self.horizons} needs plan.rank_by 'model' to compare plans of different lengths, got "
-                f"{self.rank_by!r}"
+                f"plan.replan_every is {self.replan_every}, but plan.mode 'receding' replans at every step"
             )
         if self.candidates > 1 and self.rank_by == "none":
             raise ConfigError(
@@ -162,6 +180,8 @@ class WorldModelOptions:
         layers: Hidden layers of the dynamics networks.
         reward_hidden: Width of the reward network.
         reward_layers: Hidden layers of the reward network.
+        reward_members: Reward networks.
+        reward_pessimism: Standard deviations between the reward networks that predicted rewards lie below their mean.
         variance_floor: Smallest variance, in units of the data's one-step differences: bounds the gradient.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
@@ -174,6 +194,8 @@ class WorldModelOptions:
     layers: int = 4
     reward_hidden: int = 256
     reward_layers: int = 2
+    reward_members: int = 1
+    reward_pessimism: float = 0.0
     variance_floor: float = 1e-3
     lr: float = 1e-3
     weight_decay: float = 1e-4
@@ -182,10 +204,13 @@ class WorldModelOptions:
     def __post_init__(self) -> None:
         check_range("world_model.members", self.members, 1)
         check_range("world_model.elites", self.elites, 1, self.members)
-        for name in ("hidden", "layers", "reward_hidden", "reward_layers", "patience"):
+        for name in ("hidden", "layers", "reward_hidden", "reward_layers", "reward_members", "patience"):
             check_range(f"world_model.{name}", getattr(self, name), 1)
         check_range("world_model.variance_floor", self.variance_floor, 0, low_open=True)
         check_range("world_model.lr", self.lr, 0, low_open=True)
+        check_range("world_model.reward_pessimism", self.reward_pessimism, 0)
+        if self.reward_pessimism > 0 and self.reward_members == 1:
+            raise ConfigError("world_model.reward_pessimism needs world_model.reward_members of at least 2, got 1")
         check_range("world_model.weight_decay", self.weight_decay, 0)
 
 
@@ -216,6 +241,15 @@ class WeightingOptions:
         check_choice("weighting.mode", self.mode, ("clamp", "minmax", "raw", "none"))
         check_choice("weighting.source", self.source, ("window", "episode"))
         check_range("weighting.floor", self.floor, 0, 1)
+        if not isinstance(self.t_max, str):
+            check_range("weighting.t_max", self.t_max, 0, low_open=True)
+        if not isinstance(self.r_max, str):
+            check_range("weighting.r_max", self.r_max, 0, low_open=True)
+        if self.source == "episode" and self.t_max == "horizon":
+            raise ConfigError(
+                "weighting.source 'episode' sums a whole episode, which weighting.t_max 'horizon' would divide by a "
+                "window's length; set weighting.t_max to 'episode' or a number of rows"
+            )
         if self.predicted and self.source == "episode":
             raise ConfigError("weighting.predicted sums over the window; set weighting.source to 'window'")
 

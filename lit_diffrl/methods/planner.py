@@ -138,20 +138,20 @@ class Planner(Method):
             return project(x0_hat.clamp(-1, 1) if self.clip_denoised else x0_hat)
 
         grid = [*self.schedule.time_grid(self.sampler.steps), 0]
-        variance = {k: self.schedule.posterior(k, k_next)[2] for k, k_next in pairwise(grid)}
+        following = dict(pairwise(grid))
 
         def shift(x: Tensor, k: int) -> Tensor:
             through = self.guide.at == "x0_through"
             for i in range(self.guide.n_steps):
                 x = project(x) if i else x
                 point = (lambda y: denoise(y, at_step(k, y))) if through else (lambda y: y)
-                x = x + self._guide_step(x, point, 0 if through else k, k, variance[k])
+                x = x + self._guide_step(x, point, 0 if through else k, k, self.schedule.posterior(k, following[k])[2])
             return x
 
         def mean_shift(mean: Tensor, x0_hat: Tensor, k: int, var: float) -> Tensor:
             at_mean = self.guide.at == "mean"
             point = mean if at_mean else x0_hat
-            return mean + self._guide_step(point, lambda y: y, k - 1 if at_mean else 0, k, var)
+            return mean + self._guide_step(point, lambda y: y, following[k] if at_mean else 0, k, var)
 
         before = self.guide.kind != "none" and self.guide.at in ("xt", "x0_through")
         after = self.guide.kind != "none" and self.guide.at in ("mean", "x0")
@@ -202,8 +202,8 @@ class Planner(Method):
             plans: ``(B, H, action + obs)`` normalised.
 
         Returns:
-            ``(B,)`` scores, comparable across horizons for ``model`` ranking of plans to a goal: those hold the rest
-            of the episode at the reward predicted for staying at their last state.
+            ``(B,)`` scores. Plans of different lengths to a goal are comparable: ``model`` lets them earn, for the rest
+            of the episode, the reward predicted for staying at their last state; ``arrival`` counts the rest itself.
         """
         assert self.spec is not None
         if self.plan_options.rank_by == "value":
@@ -211,11 +211,14 @@ class Planner(Method):
         if self.plan_options.rank_by == "none":
             return plans.new_zeros(len(plans))
         action, obs = plans.split([self.spec.action_dim, self.spec.obs_dim], dim=-1)
-        reward = self.world_model.reward(obs, action)
-        score = reward.sum(-1)
-        if self.goal_conditioned:
-            rest = (self.spec.max_episode_steps or 0) / self.spec.stride - plans.shape[1]
-            score = score + max(rest, 0.0) * reward[:, -1]
+        rest = (self.spec.max_episode_steps or 0) / self.spec.stride - plans.shape[1]
+        if self.plan_options.rank_by == "arrival":
+            score = plans.new_full((len(plans),), rest)
+        else:
+            reward = self.world_model.reward(obs, action)
+            score = reward.sum(-1)
+            if self.goal_conditioned:
+                score = score + max(rest, 0.0) * reward[:, -1]
         likelihood = self.world_model.log_prob(obs[:, :-1], action[:, :-1], obs[:, 1:])
         if self.plan_options.rank_quantile is None:
             return score + self.plan_options.rank_lambda * likelihood.mean(-1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_diffrl.errors import check_range
+from lit_diffrl.errors import ConfigError, check_range
 from lit_diffrl.nets.ensemble import BestWeights, EnsembleMLP, GaussianEnsemble
 
 ALL = slice(None)
@@ -67,6 +67,8 @@ class WorldModel(nn.Module):
         reward_hidden: int = 256,
         reward_layers: int = 2,
         reward_activation: str = "silu",
+        reward_members: int = 1,
+        reward_pessimism: float = 0.0,
         reward_low: float,
         reward_high: float,
         patience: int = 5,
@@ -90,6 +92,9 @@ class WorldModel(nn.Module):
             reward_hidden: Width of the reward model.
             reward_layers: Hidden layers of the reward model.
             reward_activation: ``mish``, ``relu`` or ``silu``, of the reward model.
+            reward_members: Reward models.
+            reward_pessimism: Deviations between the reward models that predictions lie below their mean; a lower
+                bound, against plans that exploit one model's errors. Needs several reward models.
             reward_low: Smallest reward the model can predict, in scaled units.
             reward_high: Largest reward the model can predict, in scaled units.
             patience: A model stops after more than this many validations in a row without improvement.
@@ -109,15 +114,18 @@ class WorldModel(nn.Module):
         check_range("world_model.variance_floor", variance_floor, 0)
         check_range("world_model.improvement", improvement, 0, 1, high_open=True)
         check_range("world_model.reward_high", reward_high, reward_low)
+        check_range("world_model.reward_members", reward_members, 2 if reward_pessimism > 0 else 1)
+        check_range("world_model.reward_pessimism", reward_pessimism, 0)
+        self.reward_pessimism = reward_pessimism
         self.reward_low, self.reward_high = float(reward_low), float(reward_high)
         self.logvar_penalty, self.variance_floor = logvar_penalty, variance_floor
         width = obs_dim + action_dim
         self.transition = GaussianEnsemble(
             members, [width, *[hidden] * layers, obs_dim], activation, logvar_low, logvar_high
         )
-        self.reward_net = EnsembleMLP(1, [width, *[reward_hidden] * reward_layers, 1], reward_activation)
+        self.reward_net = EnsembleMLP(reward_members, [width, *[reward_hidden] * reward_layers, 1], reward_activation)
         self.best_transition = BestWeights(self.transition, members, patience, improvement)
-        self.best_reward = BestWeights(self.reward_net, 1, patience, improvement)
+        self.best_reward = BestWeights(self.reward_net, reward_members, patience, improvement)
         self.register_buffer("delta_mean", torch.zeros(obs_dim))
         self.register_buffer("delta_std", torch.ones(obs_dim))
         self.register_buffer("elite", torch.arange(elites))
@@ -162,7 +170,7 @@ class WorldModel(nn.Module):
         return nll + self.logvar_penalty * self.transition.spread()
 
     def reward_loss(self, obs: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-        """Mean squared error of the predicted reward; zero once the reward model has stopped.
+        """Mean squared error of the predicted reward, summed over the reward models that have not stopped.
 
         Args:
             obs: ``(B, obs_dim)`` normalised.
@@ -172,8 +180,9 @@ class WorldModel(nn.Module):
         Returns:
             Scalar.
         """
-        predicted = self._bounded(self.reward_net(torch.cat([obs, action], dim=-1))[0, :, 0])
-        return (predicted - reward).square().mean() * ~self.best_reward.stopped[0]
+        predicted = self._bounded(self.reward_net(torch.cat([obs, action], dim=-1))[..., 0])
+        error = (predicted - reward).square().mean(-1)
+        return torch.where(self.best_reward.stopped, 0.0, error).sum()
 
     @torch.no_grad()
     def validate(self, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor) -> dict[str, Tensor]:
@@ -193,7 +202,7 @@ class WorldModel(nn.Module):
         mse, nll, reward_mse = (
             torch.zeros_like(self.best_transition.error),
             obs.new_zeros(()),
-            obs.new_zeros(1),
+            torch.zeros_like(self.best_reward.error),
         )
         for first in range(0, len(obs), VALIDATION_ROWS):
             rows = slice(first, first + VALIDATION_ROWS)
@@ -203,14 +212,14 @@ class WorldModel(nn.Module):
             error = (mean - self._scaled(obs[rows], next_obs[rows])).square()
             mse += share * error.mean(dim=(1, 2))
             nll += share * 0.5 * (error * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).mean()
-            predicted = self._bounded(self.reward_net(x)[0, :, 0])
-            reward_mse += share * (predicted - reward[rows]).square().mean()
+            predicted = self._bounded(self.reward_net(x)[..., 0])
+            reward_mse += share * (predicted - reward[rows]).square().mean(-1)
         self.best_transition.update(self.transition, mse)
         self.best_reward.update(self.reward_net, reward_mse)
         return {
             "dynamics_mse": mse.mean(),
             "dynamics_nll": nll,
-            "reward_mse": reward_mse[0],
+            "reward_mse": reward_mse.mean(),
             "stopped": self.stopped.sum().to(mse.dtype),
         }
 
@@ -218,11 +227,11 @@ class WorldModel(nn.Module):
         """Restore each model's best weights and choose the elites, the members of lowest held-out error.
 
         Raises:
-            RuntimeError: If fewer members than elites have ever had a finite held-out error.
+            ConfigError: If fewer members than elites have ever had a finite held-out error.
         """
         finite = int(self.best_transition.error.isfinite().sum())
         if finite < len(self.elite):
-            raise RuntimeError(
+            raise ConfigError(
                 f"world model: {finite} of {len(self.stopped)} members have a finite held-out error, but "
                 f"{len(self.elite)} elites are asked for; validate at least once before the phase ends, or "
                 "lower the learning rate if the losses diverge"
@@ -267,7 +276,7 @@ class WorldModel(nn.Module):
         return density.logsumexp(0) - math.log(len(self.elite)) if mixture else density.mean(0)
 
     def reward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Predicted reward, within the bounds: R^ of DMEMM's Eqs. 10 and 13.
+        """Predicted reward: R^ of DMEMM's Eqs. 10 and 13, by ``reward_pessimism`` deviations below the members' mean.
 
         Args:
             obs: ``(..., obs_dim)`` normalised.
@@ -278,7 +287,10 @@ class WorldModel(nn.Module):
         """
         x = torch.cat([obs, action], dim=-1)
         out = self.reward_net(x.flatten(0, -2) if x.dim() > 1 else x[None], ALL)
-        return self._bounded(out.reshape(x.shape[:-1]))
+        members = self._bounded(out.reshape(-1, *x.shape[:-1]))
+        mean = members.mean(0)
+        # The spread of one member is 0, and its gradient undefined.
+        return mean - self.reward_pessimism * members.std(0, correction=0) if self.reward_pessimism > 0 else mean
 
     @torch.no_grad()
     def sample(

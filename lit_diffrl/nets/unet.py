@@ -198,8 +198,8 @@ class ValueUNet(nn.Module):
         last = widths[-1]
         if last % (4 * GROUPS):
             raise ConfigError(
-                f"last width of the value network must be a multiple of {4 * GROUPS}, got {last}: "
-                "two more blocks halve it"
+                f"the last width of the value network, dim times the last of its mults, must be a multiple of "
+                f"{4 * GROUPS}, got {last}: two more blocks halve it"
             )
         self.horizon = horizon
         self.time = TimeEmbedding(dim)

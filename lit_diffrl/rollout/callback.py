@@ -17,7 +17,7 @@ from lit_diffrl.data.sources import check_env
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError, check_range
 from lit_diffrl.rollout import pictures as draw
-from lit_diffrl.rollout.episodes import EpisodeResult, make_env, run_episodes, summarize
+from lit_diffrl.rollout.episodes import EpisodeResult, check_sizes, run_episodes, summarize
 from lit_diffrl.rollout.results import duration, table, write_bytes, write_json
 from lit_diffrl.rollout.scores import RunningScores
 
@@ -102,7 +102,7 @@ class RolloutEvaluation(Callback):
         env_spec = _spec(pl_module).env_spec
         if env_spec is not None:
             check_env(env_spec)
-            make_env(env_spec).close()
+            check_sizes(_spec(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so when no evaluation will take place."""

@@ -141,6 +141,29 @@ def make_env(env_spec: str, *, render: bool = False) -> gym.Env:
     return env
 
 
+def check_sizes(spec: DatasetSpec) -> None:
+    """Refuse an environment whose observations or actions are not those of the data.
+
+    Raises:
+        ConfigError: With what differs, or as :func:`make_env`.
+    """
+    assert spec.env_spec is not None
+    env = make_env(spec.env_spec)
+    name = env.spec.id if env.spec is not None else "environment"
+    try:
+        spec.split_obs(env.reset(seed=0)[0])
+    except ConfigError as error:
+        raise ConfigError(f"{name}, which the dataset names for evaluation, does not fit it: {error}") from error
+    finally:
+        env.close()
+    if env.action_space.shape != (spec.action_dim,):
+        raise ConfigError(
+            f"{name}, which the dataset names for evaluation, does not fit it: the environment takes actions of shape "
+            f"{env.action_space.shape}, those of {'+'.join(spec.dataset_ids)} have {(spec.action_dim,)}; correct the "
+            "dataset's env_spec"
+        )
+
+
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """Give back the global random states (torch, its CUDA devices, numpy, python) as they were."""

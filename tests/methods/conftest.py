@@ -60,6 +60,8 @@ def spec() -> DatasetSpec:
 def make_diffuser(spec: DatasetSpec) -> Callable[..., Diffuser]:
     def make(kind: type[Diffuser] = Diffuser, spec: DatasetSpec = spec, **options: Any) -> Diffuser:
         torch.manual_seed(0)
+        if options.get("goal_conditioned"):
+            options.setdefault("plan", {"mode": "waypoints"})
         planner = kind(**{**SMALL, **options})
         planner.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
         planner.build(spec)

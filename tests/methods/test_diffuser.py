@@ -30,11 +30,11 @@ def test_discounted_rows_keep_their_mean():
 def test_known_states_give_no_loss_and_no_gradient(make_diffuser, make_batch, predict, goal_conditioned):
     planner = make_diffuser(predict=predict, goal_conditioned=goal_conditioned)
     x0 = make_batch().trajectory
-    k, eps, x_k = planner.noised(x0)
+    k, _, x_k = planner.noised(x0)
     assert torch.equal(x_k[:, 0, 2:], x0[:, 0, 2:])
     assert torch.equal(x_k[:, -1, 2:], x0[:, -1, 2:]) == goal_conditioned
     prediction = torch.zeros_like(x0).requires_grad_()
-    planner.diffusion_error(x0, prediction, x_k, k, eps).sum().backward()
+    planner.diffusion_error(x0, prediction, k).sum().backward()
     assert bool((prediction.grad[:, 0, 2:] == 0).all()) and bool((prediction.grad[:, 0, :2] != 0).all())
     assert bool((prediction.grad[:, -1, 2:] == 0).all()) == goal_conditioned
 
@@ -42,10 +42,10 @@ def test_known_states_give_no_loss_and_no_gradient(make_diffuser, make_batch, pr
 def test_eps_error_is_the_x0_error_over_u(make_diffuser, make_batch):
     batch = make_batch().trajectory
     one, other = make_diffuser(predict="x0"), make_diffuser(predict="eps")
-    k, eps, x_k = one.noised(batch)
+    k, _, _ = one.noised(batch)
     x0_hat = batch + 0.1
     u = one.schedule.at("u", k, batch).flatten()
-    ratio = one.diffusion_error(batch, x0_hat, x_k, k, eps) / other.diffusion_error(batch, x0_hat, x_k, k, eps)
+    ratio = one.diffusion_error(batch, x0_hat, k) / other.diffusion_error(batch, x0_hat, k)
     assert torch.allclose(ratio, u.square(), rtol=1e-4)
 
 
@@ -80,6 +80,18 @@ def test_a_network_learns_a_point_mass(make_diffuser, make_batch):
         ({"guide": {"kind": "value"}, "value_epochs": 1, "horizon": [8, 16]}, "one horizon"),
         ({"plan": {"candidates": 4}}, "never be used"),
         ({"plan": {"horizons": [8, 16]}}, "different lengths"),
+        ({"horizon": [8, 16]}, "different lengths"),
+        ({"plan": {"horizons": [1]}}, "plan.horizons"),
+        ({"plan": {"horizons": []}}, "plan.horizons"),
+        ({"plan": {"replan_every": 5}}, "receding"),
+        ({"plan": {"rank_by": "arrival"}, "world_model_epochs": 1}, "goal_conditioned"),
+        ({"goal_conditioned": True}, "for ever"),
+        ({"goal_conditioned": True, "plan": {"mode": "waypoints", "replan_every": 9}}, "for ever"),
+        ({"guide": {"kind": "dual"}, "world_model_epochs": 1}, "not one of Diffuser's"),
+        ({"guide": {"kind": "value", "at": "x0", "n_steps": 2}, "value_epochs": 1}, "one guide step"),
+        ({"guide": {"kind": "value"}, "value_epochs": 1, "plan": {"horizons": [16]}}, "one horizon"),
+        ({"sampler": {"eta": 0.5}}, "sampler.eta"),
+        ({"sampler": {"name": "ddim", "final_noise": True}}, "final_noise"),
         ({"sampler": {"steps": 21}}, "sampler.steps"),
         ({"n_diffusion_steps": 0}, "n_diffusion_steps"),
         ({"lr": -1.0}, "model.lr"),

@@ -16,7 +16,10 @@ MODEL = {"plan": {"candidates": 5, "rank_by": "model", "rank_quantile": 0.01}, "
 @pytest.mark.parametrize("at", ["xt", "mean", "x0", "x0_through"])
 def test_conditions_hold_bit_for_bit_under_every_guide(make_dmemm, name, at):
     planner = make_dmemm(
-        goal_conditioned=True, sampler={"name": name}, guide={"kind": "dual", "at": at, "scale": 0.5, "n_steps": 2}
+        goal_conditioned=True,
+        plan={"mode": "waypoints"},
+        sampler={"name": name},
+        guide={"at": at, "scale": 0.5, "n_steps": 1 if at in ("mean", "x0") else 2},
     )
     conditions = {0: torch.randn(6, 4), -1: torch.randn(6, 4)}
     with torch.no_grad():
@@ -74,7 +77,7 @@ def test_an_episodes_noise_does_not_depend_on_its_neighbours(make_diffuser):
 
 
 def test_plans_that_blow_up_are_an_error_not_an_action(make_dmemm):
-    planner = make_dmemm(guide={"kind": "dual", "at": "xt", "scale": 1e30})
+    planner = make_dmemm(guide={"kind": "dual", "at": "xt", "scale": 1e30, "max_step": None})
     with pytest.raises(ConfigError, match="guide.max_step"):
         planner.act(np.zeros(4, dtype=np.float32))
 
@@ -103,7 +106,7 @@ def test_ranking_charges_only_the_shortfall_of_unlikely_transitions(make_diffuse
 
 
 def test_waiting_at_the_goal_counts_for_goal_plans(make_diffuser):
-    planner = make_diffuser(**{**MODEL, "goal_conditioned": True})
+    planner = make_diffuser(**{**MODEL, "goal_conditioned": True, "plan": {**MODEL["plan"], "mode": "waypoints"}})
     planner.likelihood_floor.fill_(-1e9)
     planner.world_model.reward = lambda obs, action: torch.ones(obs.shape[:-1])
     assert planner.rank(torch.zeros(1, 8, 6)).item() == pytest.approx(40.0)  # 8 rows and the 32 that remain
@@ -133,7 +136,8 @@ def test_a_waypoint_planner_plans_once_and_forgets_on_reset(make_diffuser):
 
 
 def test_replanning_follows_its_period(make_diffuser):
-    planner = make_diffuser(plan={"mode": "waypoints", "replan_every": 3}, goal_conditioned=True)
+    plan = {"mode": "waypoints", "replan_every": 3, "rank_by": "arrival"}
+    planner = make_diffuser(plan=plan, goal_conditioned=True, horizon=[8, 12], world_model_epochs=1)
     obs = np.zeros((1, 4), dtype=np.float32)
     plans = []
     for _ in range(7):
@@ -156,7 +160,11 @@ def test_act_returns_what_it_was_given(make_diffuser, form):
 def test_a_goal_planner_without_goal_says_what_it_needs(make_diffuser, spec):
     import dataclasses
 
-    planner = make_diffuser(goal_conditioned=True, spec=dataclasses.replace(spec, goal=None, goal_key="desired_goal"))
+    planner = make_diffuser(
+        goal_conditioned=True,
+        plan={"mode": "waypoints"},
+        spec=dataclasses.replace(spec, goal=None, goal_key="desired_goal"),
+    )
     with pytest.raises(ConfigError, match="desired_goal"):
         planner.act(np.zeros(4, dtype=np.float32))
 
@@ -166,3 +174,19 @@ def test_waypoints_need_positions_and_velocities(make_diffuser, spec):
 
     with pytest.raises(ConfigError, match="twice action_dim"):
         make_diffuser(plan={"mode": "waypoints"}, spec=dataclasses.replace(spec, obs_dim=5))
+
+
+def test_guidance_on_the_mean_is_told_the_level_of_the_mean(make_dmemm):
+    planner = make_dmemm(guide={"at": "mean"}, sampler={"name": "ddim", "steps": 5})
+    levels: list[int] = []
+    planner.guide_objective = lambda x, level: levels.append(level) or x.sum(dim=(1, 2))
+    with torch.no_grad():
+        planner.sample_plans({0: torch.zeros(1, 4)}, torch.randn(1, 8, 6))
+    assert levels == [8, 6, 4, 2, 0]
+
+
+def test_arrival_prefers_the_shorter_of_feasible_plans_whatever_the_reward(make_diffuser):
+    plan = {"mode": "waypoints", "rank_by": "arrival", "rank_quantile": 0.01}
+    planner = make_diffuser(plan=plan, goal_conditioned=True, horizon=[8, 12], world_model_epochs=1)
+    planner.likelihood_floor.fill_(-1e9)
+    assert planner.rank(torch.randn(1, 8, 6)).item() - planner.rank(torch.randn(1, 12, 6)).item() == pytest.approx(4)

@@ -257,10 +257,10 @@ def test_elites_predict_and_the_others_do_not() -> None:
 
 def test_diverged_members_are_not_elites_and_too_many_are_an_error() -> None:
     model = model_of(members=3, elites=2)
-    with pytest.raises(RuntimeError, match="0 of 3 members"):
+    with pytest.raises(ConfigError, match="0 of 3 members"):
         model.finish()
     validate_with(model, [math.nan, 2.0, math.inf])
-    with pytest.raises(RuntimeError, match="1 of 3 members"):
+    with pytest.raises(ConfigError, match="1 of 3 members"):
         model.finish()
     validate_with(model, [math.nan, 3.0, 1.0])
     model.finish()
@@ -486,3 +486,15 @@ def test_reward_is_bounded_softly(low: float, high: float) -> None:
 def test_wrong_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model_of(**options)
+
+
+def test_a_pessimistic_reward_lies_below_the_mean_of_its_members() -> None:
+    obs, action = torch.randn(6, 7, OBS), torch.randn(6, 7, ACTION)
+    plain, careful = model_of(reward_members=4), model_of(reward_members=4, reward_pessimism=1.5)
+    careful.load_state_dict(plain.state_dict())
+    members = plain._bounded(plain.reward_net(torch.cat([obs, action], -1).flatten(0, -2))[..., 0]).view(4, 6, 7)
+    assert torch.allclose(plain.reward(obs, action), members.mean(0), atol=1e-6)
+    expected = members.mean(0) - 1.5 * members.std(0, correction=0)
+    assert torch.allclose(careful.reward(obs, action), expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="reward_members"):
+        model_of(reward_members=1, reward_pessimism=1.0)

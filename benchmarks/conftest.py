@@ -1,0 +1,71 @@
+"""The yardstick u that timings are divided by, measured around every benchmark, and the table of ratios."""
+
+from __future__ import annotations
+
+import pkgutil
+import platform
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+YARDSTICK_ROUNDS = 100
+U = pytest.StashKey[float]()
+ROWS = pytest.StashKey[list[tuple[str, float, str]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[U], config.stash[ROWS] = float("inf"), []
+
+
+@pytest.fixture(scope="session")
+def yardstick() -> Callable[[], Any]:
+    """One eager forward of a perceptron of three hidden layers of 256, Mish, on 256 rows: an actor's work."""
+    sizes = [30, 256, 256, 256, 3]
+    layers = [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.Mish())]
+    net, x = nn.Sequential(*layers[:-1]), torch.randn(256, 30)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return net(x)
+
+    return forward
+
+
+@pytest.fixture(autouse=True)
+def row(request: pytest.FixtureRequest, benchmark: Any, yardstick: Callable[[], Any]) -> Iterator[None]:
+    """Measure u before and after a benchmark and note its row of the table; the least times count."""
+    timer, stash = pkgutil.resolve_name(request.config.getoption("benchmark_timer")), request.config.stash
+
+    def measure() -> None:
+        for _ in range(YARDSTICK_ROUNDS):
+            start = timer()
+            yardstick()
+            stash[U] = min(stash[U], timer() - start)
+
+    measure()
+    yield
+    measure()
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        label = benchmark.extra_info.get("label", request.node.name)
+        stash[ROWS].append((label, benchmark.stats.stats.min, str(benchmark.extra_info.get("published", ""))))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows, u = config.stash[ROWS], config.stash[U]
+    if not rows:
+        return
+    width = max(len(label) for label, _, _ in rows)
+    write = terminalreporter.write_line
+    write(
+        f"u = {1000 * u:.3f} ms; torch {torch.__version__}, Python {platform.python_version()}, 1 thread; least times"
+    )
+    write(f"| {'':{width}} | {'ms':>8} | {'u':>7} | published, u |")
+    write(f"|{'-' * (width + 2)}|{'-' * 9}:|{'-' * 8}:|{'-' * 13}:|")
+    for label, seconds, published in rows:
+        write(f"| {label:{width}} | {1000 * seconds:8.2f} | {seconds / u:7.2f} | {published:>12} |")

@@ -1,0 +1,228 @@
+"""Bad data on the command line: one line that says what to do, exit code 2, and nothing trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import gymnasium_robotics  # noqa: F401  its first import prints an advertisement: here, not among the errors
+import h5py
+import numpy as np
+import pytest
+
+from lit_diffrl.__main__ import main
+
+CONF = Path(__file__).parents[1] / "conf"
+Edit = Callable[[dict[str, Any], int], None]
+
+
+@pytest.fixture(autouse=True)
+def folder(minari_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder, beside a root of Minari datasets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIT_DIFFRL_TRACEBACK", raising=False)
+    monkeypatch.setattr("lit_diffrl.data.sources._server_has_name", lambda: False)
+    return tmp_path
+
+
+def fit(dataset: str, *more: str) -> int:
+    options = ["--data.dataset", dataset, "--data.horizon", "8", "--data.stride", "1", "--trainer.accelerator", "cpu"]
+    small = ["--data.updates_per_epoch=2", "--model.world_model_epochs=1", "--model.diffusion_epochs=1"]
+    return main(["fit", "--config", str(CONF / "dmemm.yaml"), *options, *small, *more])
+
+
+def refused(capsys: pytest.CaptureFixture[str], dataset: str, *more: str) -> str:
+    """The one line that a dataset gets."""
+    capsys.readouterr()
+    assert fit(dataset, *more) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 700, err
+    assert "epoch 1/" not in out and not list(Path().glob("tb_logs/**/*.ckpt"))
+    assert not list(Path().glob("tb_logs/**/config.yaml")), "nothing has begun"
+    return lines[0]
+
+
+def put(name: str, index: Any, value: Any) -> Edit:
+    """An edit that writes one value into an array of episode 1."""
+
+    def edit(arrays: dict[str, Any], i: int) -> None:
+        if i == 1:
+            arrays[name] = np.array(arrays[name])
+            arrays[name][index] = value
+
+    return edit
+
+
+def cut(name: str, part: Any) -> Edit:
+    """An edit that keeps a part of an array of episode 1."""
+    return lambda arrays, i: arrays.update({name: arrays[name][part]}) if i == 1 else None
+
+
+# ---------------------------------------------------------------- Minari
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (put("rewards", 3, np.nan), ["episode 1, step 3", "reward is nan"]),
+        (put("actions", (4, 1), np.nan), ["episode 1, step 4", "action[1] is nan"]),
+        (put("observations", (0, 2), np.inf), ["episode 1, step 0", "obs[2] is inf"]),
+        (put("actions", (4, 1), -1.5), ["episode 1, step 4", "action[1] is -1.5", "[-1, 1]"]),
+        (put("terminations", 6, True), ["episode 1, step 6", "terminated is set"]),
+        (cut("observations", np.s_[:-1]), ["episode 1", "observations has shape (20, 4)", "one row more"]),
+        (cut("rewards", np.s_[:-1]), ["episode 1", "19 rewards"]),
+        (cut("actions", np.s_[:, :1]), ["episode 1", "action", "(1,)"]),
+    ],
+    ids=["nan-reward", "nan-action", "inf-obs", "action-range", "flag", "obs-rows", "reward-rows", "action-columns"],
+)
+def test_malformed_episodes(
+    make_minari: Callable[..., str], edit: Edit, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, make_minari(edit=edit))
+    assert "test/point-v0" in line and all(word in line for word in words), line
+
+
+def test_an_empty_episode(
+    make_minari: Callable[..., str], minari_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = make_minari()
+    with h5py.File(minari_root / name / "data" / "main_data.hdf5", "a") as file:
+        for key, value in list(file["episode_1"].items()):
+            if isinstance(value, h5py.Dataset):
+                rows = value[:1] if key == "observations" else value[:0]
+                del file[f"episode_1/{key}"]
+                file[f"episode_1/{key}"] = rows
+    assert "episode 1 is empty" in refused(capsys, name)
+
+
+def test_missing_keys(make_minari: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    name = make_minari(dict_obs=True)
+    line = refused(capsys, name, "--data.obs_keys", "[observation,speed]")
+    assert "achieved_goal, desired_goal, observation" in line and "speed" in line and "--data.obs_keys" in line
+
+
+@pytest.mark.parametrize("damage", ["main_data.hdf5", "metadata.json"])
+def test_truncated_files(
+    make_minari: Callable[..., str], minari_root: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = make_minari(n_episodes=20)
+    path = minari_root / name / "data" / damage
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    line = refused(capsys, name)
+    assert name in line and "remove that folder and get the dataset again" in line
+
+
+def test_an_unknown_environment(
+    make_minari: Callable[..., str], minari_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = make_minari(obs_dim=11, action_dim=3, env="Hopper-v5")
+    path = minari_root / name / "data" / "metadata.json"
+    text = path.read_text().replace("Hopper-v5", "Hoper-v5").replace("hopper_v5:", "hoper_v5:")
+    path.write_text(text)
+    line = refused(capsys, name, "--model.plan.mode", "receding", "--model.goal_conditioned", "false")
+    assert "Hoper-v5" in line and "did you mean" in line and "'Hopper-v5'" in line
+
+
+@pytest.mark.parametrize(("obs_dim", "action_dim", "words"), [(4, 2, "(11,)"), (11, 2, "(3,)")])
+def test_an_environment_of_other_sizes(
+    make_minari: Callable[..., str],
+    minari_root: Path,
+    obs_dim: int,
+    action_dim: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = make_minari(obs_dim=obs_dim, action_dim=action_dim)
+    metadata = minari_root / name / "data" / "metadata.json"
+    content = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps({**content, "env_spec": gym.spec("Hopper-v5").to_json()}))
+    line = refused(capsys, name, "--model.plan.mode", "receding", "--model.goal_conditioned", "false")
+    assert "Hopper-v5" in line and words in line
+
+
+def test_episodes_shorter_than_a_plan(make_minari: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, make_minari(length=5))
+    assert "no window of 8 rows" in line and "longest 5 steps" in line and "--data.horizon" in line
+
+
+def test_data_that_a_method_cannot_serve(make_minari: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    name = make_minari(obs_dim=5)
+    assert "obs_dim must be twice action_dim, got 5 and 2" in refused(capsys, name)
+    assert "has no constant goal" in refused(capsys, name, "--data.segmentation", "goal")
+
+
+@pytest.mark.parametrize("name", ["test/pont-v0", "lit_diffrl/pointmaze/umze-v0", "test/point-v0+nowhere/x-v0"])
+def test_unknown_datasets(make_minari: Callable[..., str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    make_minari()
+    line = refused(capsys, name)
+    assert name.split("+")[-1] in line and ("did you mean" in line or "local ones are in" in line)
+
+
+# ---------------------------------------------------------------- D4RL files
+
+
+def d4rl(path: Path, **changes: Any) -> str:
+    """A file of hopper; None leaves an array out."""
+    steps = 60
+    content: dict[str, Any] = {
+        "observations": np.random.default_rng(0).normal(size=(steps, 11)).astype(np.float32),
+        "actions": np.zeros((steps, 3), dtype=np.float32),
+        "rewards": np.ones(steps, dtype=np.float32),
+        "terminals": np.arange(steps) % 20 == 19,
+        "timeouts": np.zeros(steps, dtype=bool),
+    }
+    with h5py.File(path, "w") as file:
+        for key, value in {**content, **changes}.items():
+            if value is not None:
+                file[key] = value
+    return str(path)
+
+
+LOCOMOTION = ("--model.plan.mode", "receding", "--model.goal_conditioned", "false")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rewards": np.where(np.arange(60) == 25, np.nan, 1)}, ["episode 1, step 5", "reward is nan"]),
+        ({"actions": np.full((60, 3), 1.2)}, ["episode 0, step 0", "action[0] is 1.2"]),
+        ({"observations": np.zeros((60, 4))}, ["observations have 4 columns", "hopper has 11"]),
+        ({"rewards": np.ones(59)}, ["rewards has 59 rows", "observations 60"]),
+        ({"actions": None, "terminals": None}, ["lacks actions, terminals"]),
+        ({"terminals": np.zeros(60, bool)}, ["no episode ends within its 60 steps"]),
+        ({"observations": np.array([b"x"] * 60)}, ["observations is of type", "plain numbers"]),
+    ],
+    ids=["nan", "action-range", "columns", "rows", "missing", "no-end", "objects"],
+)
+def test_malformed_d4rl_files(changes: dict[str, Any], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, d4rl(Path("hopper_medium-v2.hdf5"), **changes), *LOCOMOTION)
+    assert "hopper_medium-v2.hdf5" in line and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.95])
+def test_truncated_d4rl_files(kept: float, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(d4rl(Path("hopper_medium-v2.hdf5")))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    line = refused(capsys, str(path), *LOCOMOTION)
+    assert "not a readable HDF5 file, or damaged" in line and "download or copy it again" in line
+
+
+def test_a_missing_d4rl_file(capsys: pytest.CaptureFixture[str]) -> None:
+    d4rl(Path("hopper_medium-v2.hdf5"))
+    line = refused(capsys, "hoper_medium-v2.hdf5", *LOCOMOTION)
+    assert "hoper_medium-v2.hdf5 does not exist" in line and "did you mean 'hopper_medium-v2.hdf5'" in line
+
+
+# ---------------------------------------------------------------- and good data is not refused
+
+
+def test_the_same_options_train_on_good_data(make_minari: Callable[..., str]) -> None:
+    small = ("--model.dim=8", "--data.batch_size=2", "--rollout.max_steps=2", "--model.sampler.steps=2")
+    assert fit(make_minari(dict_obs=True), *small) == 0
+    assert fit(d4rl(Path("hopper_medium-v2.hdf5"))) == 0
+    assert len(list(Path().glob("tb_logs/**/last.ckpt"))) == 2
