@@ -15,23 +15,39 @@ import pytest
 
 from lit_diffrl.__main__ import main
 
-CONF = Path(__file__).parents[1] / "conf"
+CONFIG = """
+model:
+  class_path: DMEMM
+  init_args:
+    horizon: ${data.init_args.horizon}
+    n_diffusion_steps: 4
+    dim: 8
+    dim_mults: [1, 2]
+    world_model_epochs: 1
+    diffusion_epochs: 1
+    ema: {every: 1}
+    world_model: {members: 2, elites: 1, hidden: 8, layers: 1, reward_hidden: 8}
+data:
+  class_path: WindowData
+  init_args: {horizon: 8, batch_size: 2, updates_per_epoch: 2}
+rollout: {episodes: 1, max_steps: 2}
+trainer: {accelerator: cpu, enable_model_summary: false}
+"""
 Edit = Callable[[dict[str, Any], int], None]
 
 
 @pytest.fixture(autouse=True)
 def folder(minari_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in an empty folder, beside a root of Minari datasets."""
+    """Work in a folder with one config file, beside a root of Minari datasets."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LIT_DIFFRL_TRACEBACK", raising=False)
+    Path("main.yaml").write_text(CONFIG)
     monkeypatch.setattr("lit_diffrl.data.sources._server_has_name", lambda: False)
     return tmp_path
 
 
 def fit(dataset: str, *more: str) -> int:
-    options = ["--data.dataset", dataset, "--data.horizon", "8", "--data.stride", "1", "--trainer.accelerator", "cpu"]
-    small = ["--data.updates_per_epoch=2", "--model.world_model_epochs=1", "--model.diffusion_epochs=1"]
-    return main(["fit", "--config", str(CONF / "dmemm.yaml"), *options, *small, *more])
+    return main(["fit", "--config", "main.yaml", "--data.dataset", dataset, *more])
 
 
 def refused(capsys: pytest.CaptureFixture[str], dataset: str, *more: str) -> str:
@@ -123,7 +139,7 @@ def test_an_unknown_environment(
     path = minari_root / name / "data" / "metadata.json"
     text = path.read_text().replace("Hopper-v5", "Hoper-v5").replace("hopper_v5:", "hoper_v5:")
     path.write_text(text)
-    line = refused(capsys, name, "--model.plan.mode", "receding", "--model.goal_conditioned", "false")
+    line = refused(capsys, name)
     assert "Hoper-v5" in line and "did you mean" in line and "'Hopper-v5'" in line
 
 
@@ -140,7 +156,7 @@ def test_an_environment_of_other_sizes(
     metadata = minari_root / name / "data" / "metadata.json"
     content = json.loads(metadata.read_text())
     metadata.write_text(json.dumps({**content, "env_spec": gym.spec("Hopper-v5").to_json()}))
-    line = refused(capsys, name, "--model.plan.mode", "receding", "--model.goal_conditioned", "false")
+    line = refused(capsys, name)
     assert "Hopper-v5" in line and words in line
 
 
@@ -151,7 +167,8 @@ def test_episodes_shorter_than_a_plan(make_minari: Callable[..., str], capsys: p
 
 def test_data_that_a_method_cannot_serve(make_minari: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     name = make_minari(obs_dim=5)
-    assert "obs_dim must be twice action_dim, got 5 and 2" in refused(capsys, name)
+    line = refused(capsys, name, "--model.plan.mode", "waypoints")
+    assert "obs_dim must be twice action_dim, got 5 and 2" in line
     assert "has no constant goal" in refused(capsys, name, "--data.segmentation", "goal")
 
 
@@ -182,9 +199,6 @@ def d4rl(path: Path, **changes: Any) -> str:
     return str(path)
 
 
-LOCOMOTION = ("--model.plan.mode", "receding", "--model.goal_conditioned", "false")
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -199,7 +213,7 @@ LOCOMOTION = ("--model.plan.mode", "receding", "--model.goal_conditioned", "fals
     ids=["nan", "action-range", "columns", "rows", "missing", "no-end", "objects"],
 )
 def test_malformed_d4rl_files(changes: dict[str, Any], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(capsys, d4rl(Path("hopper_medium-v2.hdf5"), **changes), *LOCOMOTION)
+    line = refused(capsys, d4rl(Path("hopper_medium-v2.hdf5"), **changes))
     assert "hopper_medium-v2.hdf5" in line and all(word in line for word in words), line
 
 
@@ -208,13 +222,13 @@ def test_truncated_d4rl_files(kept: float, capsys: pytest.CaptureFixture[str]) -
     path = Path(d4rl(Path("hopper_medium-v2.hdf5")))
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    line = refused(capsys, str(path), *LOCOMOTION)
+    line = refused(capsys, str(path))
     assert "not a readable HDF5 file, or damaged" in line and "download or copy it again" in line
 
 
 def test_a_missing_d4rl_file(capsys: pytest.CaptureFixture[str]) -> None:
     d4rl(Path("hopper_medium-v2.hdf5"))
-    line = refused(capsys, "hoper_medium-v2.hdf5", *LOCOMOTION)
+    line = refused(capsys, "hoper_medium-v2.hdf5")
     assert "hoper_medium-v2.hdf5 does not exist" in line and "did you mean 'hopper_medium-v2.hdf5'" in line
 
 
@@ -222,7 +236,6 @@ def test_a_missing_d4rl_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_same_options_train_on_good_data(make_minari: Callable[..., str]) -> None:
-    small = ("--model.dim=8", "--data.batch_size=2", "--rollout.max_steps=2", "--model.sampler.steps=2")
-    assert fit(make_minari(dict_obs=True), *small) == 0
+    assert fit(make_minari(dict_obs=True)) == 0
     assert fit(d4rl(Path("hopper_medium-v2.hdf5"))) == 0
     assert len(list(Path().glob("tb_logs/**/last.ckpt"))) == 2

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,31 @@ def fit(run: str, *more: str, three: bool = False) -> Path:
     configs = ["--config", "two.yaml", *(["--config", "three.yaml"] if three else [])]
     assert main(["fit", *configs, "--run", run, *more]) == 0
     return RUNS / run
+
+
+@pytest.fixture(scope="module")
+def shelf(mazes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs, ``begun`` (one epoch) and ``done``, for tests that only look at them."""
+    folder = tmp_path_factory.mktemp("shelf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(mazes))
+        patch.chdir(folder)
+        Path("two.yaml").write_text(COMMON)
+        fit("begun", "--trainer.max_epochs", "1")
+        fit("done")
+    return folder
+
+
+@pytest.fixture
+def begun(shelf: Path, folder: Path) -> Path:
+    """A copy of the run that has one epoch."""
+    return Path(shutil.copytree(shelf / RUNS / "begun", RUNS / "a"))
+
+
+@pytest.fixture
+def done(shelf: Path, folder: Path) -> Path:
+    """A copy of the run that has come to its end."""
+    return Path(shutil.copytree(shelf / RUNS / "done", RUNS / "a"))
 
 
 def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
@@ -201,8 +227,8 @@ def test_each_phase_trains_its_own_networks_only() -> None:
     assert [step for step, _ in curve(RUNS / "a", "eval/return")] == [24, 29], "no rollouts before there is a planner"
 
 
-def test_the_world_model_that_guides_is_the_best_one_seen() -> None:
-    content = checkpoint(fit("a"))["state_dict"]
+def test_the_world_model_that_guides_is_the_best_one_seen(done: Path) -> None:
+    content = checkpoint(done)["state_dict"]
     elite = content["world_model.elite"]
     assert len(elite.unique()) == 2
     errors = content["world_model.best_transition.error"]
@@ -213,9 +239,8 @@ def test_the_world_model_that_guides_is_the_best_one_seen() -> None:
 # ---------------------------------------------------------------- evaluating a checkpoint
 
 
-def test_validate_repeats_the_logged_score(capsys: pytest.CaptureFixture[str]) -> None:
-    run = fit("a")
-    logged = [dict(curve(run, f"eval/{k}")) for k in ("score", "return")]
+def test_validate_repeats_the_logged_score(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logged = [dict(curve(done, f"eval/{k}")) for k in ("score", "return")]
     assert len({*logged[0].values()}) > 1, "each epoch another score, or the test says nothing"
     for name, step in (("last", 24), ("best", max(logged[1], key=logged[1].__getitem__))):
         capsys.readouterr()
@@ -229,44 +254,41 @@ def test_validate_repeats_the_logged_score(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_test_on_the_seeds_of_fit_repeats_the_score_and_writes_every_episode(
-    capsys: pytest.CaptureFixture[str],
+    done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = fit("a")
     same = ("--rollout.test_seed", "1000", "--rollout.test_episodes", "2", "--rollout.seed", "5")
     capsys.readouterr()
     assert main(["test", "--ckpt_path", "last", *same]) == 0
     printed = shown(capsys.readouterr().out, "eval/score")
-    result = json.loads((run / "results/last-test.json").read_text())
-    assert printed == pytest.approx(curve(run, "eval/score")[-1][1], rel=1e-6)
+    result = json.loads((done / "results/last-test.json").read_text())
+    assert printed == pytest.approx(curve(done, "eval/score")[-1][1], rel=1e-6)
     assert result["summary"]["score"]["mean"] == pytest.approx(printed, rel=1e-6)
     assert [e["seed"] for e in result["episodes"]] == [1000, 1001]
     assert all(e["length"] == 20 and e["return"] > 0 for e in result["episodes"])
 
     assert main(["test", "--ckpt_path", "best"]) == 0
-    unseen = json.loads((run / "results/best-test.json").read_text())
+    unseen = json.loads((done / "results/best-test.json").read_text())
     assert [e["seed"] for e in unseen["episodes"]] == [10_000, 10_001, 10_002]
-    assert unseen["checkpoint"] == str(run / "checkpoints/best.ckpt") and unseen["method"] == "DMEMM"
+    assert unseen["checkpoint"] == str(done / "checkpoints/best.ckpt") and unseen["method"] == "DMEMM"
 
 
-def test_the_command_line_decides_how_a_checkpoint_is_sampled() -> None:
-    run = fit("a")
-    last = str(run / "checkpoints/last.ckpt")
+def test_the_command_line_decides_how_a_checkpoint_is_sampled(done: Path) -> None:
+    last = str(done / "checkpoints/last.ckpt")
     seen = {}
     for steps in (1, 2, 8):
         assert main(["test", "--ckpt_path", last, "--model.sampler.steps", str(steps)]) == 0
-        result = json.loads((run / "results/last-test.json").read_text())
+        result = json.loads((done / "results/last-test.json").read_text())
         assert result["options"]["sampler"]["steps"] == steps
         seen[steps] = [e["return"] for e in result["episodes"]]
     assert main(["test", "--ckpt_path", last]) == 0
-    result = json.loads((run / "results/last-test.json").read_text())
+    result = json.loads((done / "results/last-test.json").read_text())
     assert result["options"]["sampler"]["steps"] is None, "the run's own"
     assert [e["return"] for e in result["episodes"]] == seen[8] and len({tuple(r) for r in seen.values()}) == 3
 
 
-def test_a_planner_loads_from_the_file_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = fit("a")
+def test_a_planner_loads_from_the_file_alone(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", "nowhere")
-    agent = lit_diffrl.load(run / "checkpoints/last.ckpt")
+    agent = lit_diffrl.load(done / "checkpoints/last.ckpt")
     plan = agent.plan(np.zeros(4, dtype=np.float32))  # type: ignore[operator]
     assert plan.obs.shape in ((8, 4), (12, 4)) and plan.action.shape[1] == 2
     assert agent.spec is not None and agent.spec.goal is not None
@@ -293,9 +315,9 @@ def test_a_planner_loads_from_the_file_alone(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_something_else_is_refused(
-    more: str, words: list[str], capsys: pytest.CaptureFixture[str]
+    begun: Path, more: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    last = fit("a", "--trainer.max_epochs", "1") / "checkpoints/last.ckpt"
+    last = begun / "checkpoints/last.ckpt"
     before = last.read_bytes()
     for command in ("fit", "validate"):
         line = error(capsys, command, "--config", "two.yaml", "--ckpt_path", str(last), *more.split())
@@ -325,8 +347,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(capsys: pytest.
     assert content["epoch"] == 1 and all(bool(v.isfinite().all()) for v in content["state_dict"].values())
 
 
-def test_before_its_last_phase_a_checkpoint_is_not_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
-    fit("a", "--trainer.max_epochs", "1")
+def test_before_its_last_phase_a_checkpoint_is_not_evaluated(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("validate", "test"):
         assert "DMEMM cannot act yet" in error(capsys, command, "--ckpt_path", "last")
 

@@ -420,7 +420,8 @@ class Diffuser(Planner):
 
     def validation_step(self, batch: TransitionBatch, batch_idx: int) -> None:
         """Held-out loss of the world model, which decides when its members stop."""
-        if self.trainer.state.fn == TrainerFn.FITTING and self.phase.name == "world_model":
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if fitting and self.phase.name == "world_model":
             reward = batch.reward[0] / self.reward_scale
             logs = self.world_model.validate(batch.obs[0], batch.action[0], batch.next_obs[0], reward)
             self.log_dict({f"val/{k}": v for k, v in logs.items()})
