@@ -137,6 +137,11 @@ class DiffRLCLI(LightningCLI):
             raise ConfigError(f"{subcommand} writes beside its checkpoint, into {own}: leave out --run {name}")
         content = read_checkpoint(checkpoint)
         check_method(checkpoint, content[CHECKPOINT_KEY]["method"], method)
+        if not {"epoch", "loops", "optimizer_states"} <= content.keys():
+            raise ConfigError(
+                f"{checkpoint} holds weights alone: it acts (lit_diffrl.load), but {subcommand} needs a run's whole "
+                "state; give a file from a run's checkpoints folder"
+            )
         self.epochs_done = content["epoch"] + 1
         config.ckpt_path = str(checkpoint)
         target = None if given in runs.ALIASES or name is None else parent / name

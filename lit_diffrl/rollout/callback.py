@@ -18,7 +18,7 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError, check_range
 from lit_diffrl.rollout import pictures as draw
 from lit_diffrl.rollout.episodes import EpisodeResult, check_sizes, run_episodes, summarize
-from lit_diffrl.rollout.results import duration, table, write_bytes, write_json
+from lit_diffrl.rollout.results import duration, table, unused_name, write_bytes, write_json
 from lit_diffrl.rollout.scores import RunningScores
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,9 @@ class RolloutEvaluation(Callback):
 
     ``fit`` evaluates after the first epoch in which the agent can act, then after every ``every_n_epochs``-th and
     after the last; ``validate`` repeats exactly those episodes with a checkpoint, and so gives the score that was
-    logged when it was saved; ``test`` runs other, unseen episodes and writes ``results/<checkpoint>-test.json``
-    into the run's folder. Several processes share the episodes and log the same numbers.
+    logged when it was saved; ``test`` runs other, unseen episodes and writes ``results/<checkpoint>-test.json`` into the run's
+    folder (``-test-2`` and so on when there is one already). Several processes share the episodes and log the same
+    numbers.
 
     Logged: ``eval/return`` (mean undiscounted return), ``eval/score`` (0 = random policy, 100 = reference policy,
     if the dataset names both), ``eval/length`` (steps), ``eval/action_ms`` (time to choose an action, per environment
@@ -144,12 +145,12 @@ class RolloutEvaluation(Callback):
             raise ConfigError("the dataset names no environment (env_spec): there is nothing to test in")
         results = self._evaluate(trainer, pl_module, self.test_episodes, self.test_seed)
         self._log(pl_module, self._metrics(results))
-        name = f"{_checkpoint_name(trainer)}-test"
+        folder = _run_folder(trainer) / "results"
+        name = unused_name(folder, f"{_checkpoint_name(trainer)}-test")
         self._show(trainer, pl_module, results, name)
-        folder = _run_folder(trainer)
         if not trainer.is_global_zero or _rehearsing(trainer):
             return
-        path = folder / "results" / f"{name}.json"
+        path = folder / f"{name}.json"
         write_json(
             path,
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write plain values as JSON, whole or not at all."""
     write_bytes(path, (json.dumps(jsonable(content), indent=2) + "\n").encode())
+
+
+def unused_name(folder: Path, name: str) -> str:
+    """``name``, or the first of ``name-2``, ``name-3``, … of which the folder holds no JSON file yet."""
+    candidates = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
+    return next(c for c in candidates if not (folder / f"{c}.json").exists())
 
 
 def jsonable(value: Any) -> Any:
