@@ -31,9 +31,9 @@ class RolloutEvaluation(Callback):
 
     ``fit`` evaluates after the first epoch in which the agent can act, then after every ``every_n_epochs``-th and
     after the last; ``validate`` repeats exactly those episodes with a checkpoint, and so gives the score that was
-    logged when it was saved; ``test`` runs other, unseen episodes and writes ``results/<checkpoint>-test.json`` into the run's
-    folder (``-test-2`` and so on when there is one already). Several processes share the episodes and log the same
-    numbers.
+    logged when it was saved; ``test`` runs other, unseen episodes and writes ``results/<checkpoint>-test.json`` into
+    the run's folder (``-test-2`` and so on when there is one already). Several processes share the episodes and log the
+    same numbers.
 
     Logged: ``eval/return`` (mean undiscounted return), ``eval/score`` (0 = random policy, 100 = reference policy,
     if the dataset names both), ``eval/length`` (steps), ``eval/action_ms`` (time to choose an action, per environment
