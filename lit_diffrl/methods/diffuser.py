@@ -12,22 +12,18 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
-from lit_diffrl.data.windows import TransitionBatch, WindowBatch
+from lit_diffrl.data.windows import WindowBatch
 from lit_diffrl.diffusion.schedules import Schedule
 from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.methods.base import Phase, as_options
 from lit_diffrl.methods.options import EMAOptions, GuideOptions, PlanOptions, SamplerOptions, WorldModelOptions
 from lit_diffrl.methods.planner import Conditions, Planner, impose
-from lit_diffrl.methods.world_model import WorldModel
 from lit_diffrl.nets.ema import EMA
 from lit_diffrl.nets.unet import TemporalUNet, ValueUNet
-
-SCALE_SAMPLE = 100_000  # transitions that the scales of the world model's targets are measured on
 
 
 @lru_cache(maxsize=64)
@@ -226,23 +222,7 @@ class Diffuser(Planner):
             self.value = ValueUNet(width, self.horizons[0], **sizes)
             self.value_ema = EMA(self.value, *average)
         if self.uses_world_model:
-            o = self.world_model_options
-            self.world_model = WorldModel(
-                spec.obs_dim,
-                spec.action_dim,
-                members=o.members,
-                elites=o.elites,
-                hidden=o.hidden,
-                layers=o.layers,
-                reward_hidden=o.reward_hidden,
-                reward_layers=o.reward_layers,
-                reward_members=o.reward_members,
-                reward_pessimism=o.reward_pessimism,
-                variance_floor=o.variance_floor,
-                patience=o.patience,
-                reward_low=spec.reward_min / self.reward_scale,
-                reward_high=spec.reward_max / self.reward_scale,
-            )
+            self.build_world_model(spec)
             self.register_buffer("likelihood_floor", torch.zeros(()))
 
     def setup(self, stage: str) -> None:
@@ -329,13 +309,6 @@ class Diffuser(Planner):
         k, _, x_k = self.noised(batch.trajectory)
         return (self.value(x_k, k - 1) - batch.value).square().mean()
 
-    def world_model_loss(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """Likelihood of the transitions under every member that has not stopped, squared error of the reward."""
-        model = self.world_model
-        nll = model.transition_loss(batch.obs, batch.action, batch.next_obs)
-        reward = model.reward_loss(batch.obs[0], batch.action[0], batch.reward[0] / self.reward_scale)
-        return {"total": torch.where(model.stopped, 0.0, nll).sum() + reward, "dynamics": nll.mean(), "reward": reward}
-
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -380,48 +353,3 @@ class Diffuser(Planner):
         done = self.current_epoch - first + self.trainer.fit_loop.epoch_loop.batch_idx / batches
         for group in optimizer.param_groups:
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done / self.epochs[phase])))
-
-    def on_fit_start(self) -> None:
-        """Refuse a run whose world model would never be validated: its best weights could not be told."""
-        epochs, every = self.epochs["world_model"], self.trainer.check_val_every_n_epoch or 1
-        if epochs and (self.trainer.limit_val_batches == 0 or every > epochs):
-            raise ConfigError(
-                f"the world model needs a validation within its {epochs} epochs, got --trainer.limit_val_batches "
-                f"{self.trainer.limit_val_batches} and --trainer.check_val_every_n_epoch {every}; how often to roll "
-                "out is set by --rollout.every_n_epochs"
-            )
-
-    def on_train_epoch_start(self) -> None:
-        """Open the world model's phase (scales of its targets) and close it (best weights, elites, likelihoods)."""
-        self.log("phase", float([p.name for p in self.phases].index(self.phase.name)))
-        if not self.uses_world_model:
-            return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.current_epoch == 0:
-            sample = data.transitions(data.usable[:SCALE_SAMPLE])
-            self.world_model.fit_scales((sample.next_obs - sample.obs).to(self.device))
-        elif self.current_epoch == self.epochs["world_model"]:
-            self.world_model.finish()
-            held_out = [x[0].to(self.device) for x in data.held_out_transitions()]
-            self.calibrate(held_out[0], held_out[1], held_out[3])
-
-    @torch.no_grad()
-    def calibrate(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> None:
-        """Measure the log-density below which a planned transition counts as infeasible (``plan.rank_quantile``).
-
-        Args:
-            obs: ``(N, obs_dim)`` held-out states, normalised.
-            action: ``(N, action_dim)`` normalised.
-            next_obs: ``(N, obs_dim)`` normalised.
-        """
-        if self.plan_options.rank_quantile is not None:
-            likelihood = self.world_model.log_prob(obs, action, next_obs)
-            self.likelihood_floor.copy_(likelihood.quantile(self.plan_options.rank_quantile))
-
-    def validation_step(self, batch: TransitionBatch, batch_idx: int) -> None:
-        """Held-out loss of the world model, which decides when its members stop."""
-        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        if fitting and self.phase.name == "world_model":
-            reward = batch.reward[0] / self.reward_scale
-            logs = self.world_model.validate(batch.obs[0], batch.action[0], batch.next_obs[0], reward)
-            self.log_dict({f"val/{k}": v for k, v in logs.items()})

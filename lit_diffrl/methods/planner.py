@@ -22,9 +22,8 @@ from lit_diffrl.diffusion import sample_ddim, sample_ddpm, sample_dpm_solver
 from lit_diffrl.diffusion.hooks import rows as at_step
 from lit_diffrl.diffusion.schedules import Schedule
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.methods.base import Method
 from lit_diffrl.methods.options import GuideOptions, PlanOptions, SamplerOptions
-from lit_diffrl.methods.world_model import WorldModel
+from lit_diffrl.methods.world_model_phase import WorldModelPhase
 from lit_diffrl.nets.ema import EMA
 
 Conditions = dict[int, Tensor]  # row of the plan -> normalised state (B, obs_dim)
@@ -80,7 +79,7 @@ def waypoint(plan: np.ndarray, step: float) -> np.ndarray:
     return (1 - fraction) * plan[low] + fraction * plan[min(low + 1, last)]
 
 
-class Planner(Method):
+class Planner(WorldModelPhase):
     """What a trained trajectory diffusion model is used for; see the module docstring."""
 
     horizons: list[int]
@@ -93,7 +92,6 @@ class Planner(Method):
     schedule: Schedule
     ema: EMA
     value_ema: EMA
-    world_model: WorldModel
     likelihood_floor: Tensor
 
     def build(self, spec: DatasetSpec) -> None:
@@ -224,6 +222,19 @@ class Planner(Method):
             return score + self.plan_options.rank_lambda * likelihood.mean(-1)
         shortfall = (likelihood - self.likelihood_floor).clamp_max(0.0)
         return score + self.plan_options.rank_lambda * shortfall.sum(-1)
+
+    @torch.no_grad()
+    def calibrate(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> None:
+        """Measure the log-density below which a planned transition counts as infeasible (``plan.rank_quantile``).
+
+        Args:
+            obs: ``(N, obs_dim)`` held-out states, normalised.
+            action: ``(N, action_dim)`` normalised.
+            next_obs: ``(N, obs_dim)`` normalised.
+        """
+        if self.plan_options.rank_quantile is not None:
+            likelihood = self.world_model.log_prob(obs, action, next_obs)
+            self.likelihood_floor.copy_(likelihood.quantile(self.plan_options.rank_quantile))
 
     # ---------------------------------------------------------------- plans for observations
 
