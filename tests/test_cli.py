@@ -587,7 +587,8 @@ def test_help_and_first_mistakes_import_nothing_heavy(folder: Path) -> None:
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Popen[str]]:
     """Start the command line, with the stand-ins of this file, in a process of its own."""
     lines = [
-        "import importlib.util, sys",
+        "import importlib.util, signal, sys",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it",
         f"sys.path.insert(0, {str(ROOT)!r})",
         f"spec = importlib.util.spec_from_file_location({__name__!r}, {__file__!r})",
         f"sys.modules[{__name__!r}] = module = importlib.util.module_from_spec(spec)",

@@ -253,6 +253,13 @@ def test_validate_repeats_the_logged_score(done: Path, capsys: pytest.CaptureFix
     assert shown(capsys.readouterr().out, "eval/return") == pytest.approx(logged[1][24], rel=1e-3)
 
 
+def newest_result(run: Path, checkpoint: str) -> dict[str, Any]:
+    """What the latest test of a checkpoint wrote; earlier ones stay beside it."""
+    files = (run / "results").glob(f"{checkpoint}-test*.json")
+    result: dict[str, Any] = json.loads(max(files, key=lambda p: p.stat().st_mtime_ns).read_text())
+    return result
+
+
 def test_test_on_the_seeds_of_fit_repeats_the_score_and_writes_every_episode(
     done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,14 +267,14 @@ def test_test_on_the_seeds_of_fit_repeats_the_score_and_writes_every_episode(
     capsys.readouterr()
     assert main(["test", "--ckpt_path", "last", *same]) == 0
     printed = shown(capsys.readouterr().out, "eval/score")
-    result = json.loads((done / "results/last-test.json").read_text())
+    result = newest_result(done, "last")
     assert printed == pytest.approx(curve(done, "eval/score")[-1][1], rel=1e-6)
     assert result["summary"]["score"]["mean"] == pytest.approx(printed, rel=1e-6)
     assert [e["seed"] for e in result["episodes"]] == [1000, 1001]
     assert all(e["length"] == 20 and e["return"] > 0 for e in result["episodes"])
 
     assert main(["test", "--ckpt_path", "best"]) == 0
-    unseen = json.loads((done / "results/best-test.json").read_text())
+    unseen = newest_result(done, "best")
     assert [e["seed"] for e in unseen["episodes"]] == [10_000, 10_001, 10_002]
     assert unseen["checkpoint"] == str(done / "checkpoints/best.ckpt") and unseen["method"] == "DMEMM"
 
@@ -277,13 +284,14 @@ def test_the_command_line_decides_how_a_checkpoint_is_sampled(done: Path) -> Non
     seen = {}
     for steps in (1, 2, 8):
         assert main(["test", "--ckpt_path", last, "--model.sampler.steps", str(steps)]) == 0
-        result = json.loads((done / "results/last-test.json").read_text())
+        result = newest_result(done, "last")
         assert result["options"]["sampler"]["steps"] == steps
         seen[steps] = [e["return"] for e in result["episodes"]]
     assert main(["test", "--ckpt_path", last]) == 0
-    result = json.loads((done / "results/last-test.json").read_text())
+    result = newest_result(done, "last")
     assert result["options"]["sampler"]["steps"] is None, "the run's own"
     assert [e["return"] for e in result["episodes"]] == seen[8] and len({tuple(r) for r in seen.values()}) == 3
+    assert len(list((done / "results").glob("last-test*.json"))) >= 4, "no test overwrites another"
 
 
 def test_a_planner_loads_from_the_file_alone(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
