@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from lit_diffrl.data import WindowData
 from lit_diffrl.methods import DMEMM, Diffuser
-from lit_diffrl.methods.base import Method
+from lit_diffrl.methods.base import Method, Phase
+from lit_diffrl.seeding import Place
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 STEPS, EPISODE = 100_000, 1000
@@ -90,17 +91,17 @@ def test_load_minari(benchmark: Any, umaze: WindowData) -> None:
 
 def test_draw_windows(benchmark: Any, umaze: WindowData) -> None:
     benchmark.extra_info["label"] = "draw 64 windows, 9 horizons, stride 4"
-    benchmark(umaze.draw_windows, 0, 0, 0)
+    benchmark(umaze.draw, Phase("diffusion", 1), Place(0, 0))
 
 
 def test_draw_hopper_windows(benchmark: Any, hopper: WindowData) -> None:
     benchmark.extra_info["label"] = "draw 32 windows, H 32, stride 1"
-    benchmark(hopper.draw_windows, 0, 0, 0)
+    benchmark(hopper.draw, Phase("diffusion", 1), Place(0, 0))
 
 
 def test_draw_transitions(benchmark: Any, hopper: WindowData) -> None:
     benchmark.extra_info["label"] = "draw 7 x 256 transitions"
-    benchmark(hopper.draw_transitions, 7, 0, 0, 0)
+    benchmark(hopper.draw, Phase("world_model", 1, "transitions", 7), Place(0, 0))
 
 
 # ---------------------------------------------------------------- updates

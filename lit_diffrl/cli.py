@@ -12,23 +12,25 @@ from typing import Any
 
 import jsonargparse
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffrl.data
 import lit_diffrl.methods  # noqa: F401  their classes are known by short names once imported
 from lit_diffrl import runs
 from lit_diffrl.arguments import last_option, options, read_config
+from lit_diffrl.checkpoint_io import AtomicCheckpointIO
 from lit_diffrl.errors import ConfigError, DataError
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Method
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.rollout.callback import RolloutEvaluation
-from lit_diffrl.rollout.checkpoints import BestCheckpoint
+from lit_diffrl.rollout.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_diffrl.run_callbacks import ConfiguredOptimizers, RunProgressBar, SaveRunConfig
+from lit_diffrl.stopping import StopAfterUpdate
 from lit_diffrl.typos import Names, find_class, shorten
 
 # Batches are indexed from memory; a resumed run's folder is not empty, a branched run's is another; curves count
@@ -54,6 +56,7 @@ class DiffRLCLI(LightningCLI):
 
     folder: Path
     epochs_done: int = 0
+    updates_done: int = 0
     batches_done: int | None = None
 
     def __init__(self, args: list[str]) -> None:
@@ -142,13 +145,17 @@ class DiffRLCLI(LightningCLI):
                 f"{checkpoint} holds weights alone: it acts (lit_diffrl.load), but {subcommand} needs a run's whole "
                 "state; give a file from a run's checkpoints folder"
             )
-        self.epochs_done = content["epoch"] + 1
+        loops = content["loops"]["fit_loop"]
+        updates = loops["epoch_loop.batch_progress"]
+        self.epochs_done = loops["epoch_progress"]["total"]["processed"]
+        self.updates_done = 0 if updates["is_last_batch"] else updates["current"]["processed"]
         config.ckpt_path = str(checkpoint)
         target = None if given in runs.ALIASES or name is None else parent / name
         if not fit or runs.continues(checkpoint, target):
             self.folder = own
             # A killed run may have drawn its curves beyond its last checkpoint: they are drawn again from there.
-            self.batches_done = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+            self.batches_done = updates["total"]["processed"]
+            refuse_other_seed(checkpoint, content[CHECKPOINT_KEY]["seed"], config.seed_everything, fit)
         else:
             self.folder = runs.new_run(parent, target.name if target else None)
 
@@ -178,20 +185,23 @@ class DiffRLCLI(LightningCLI):
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         config["callbacks"] = [*given, *self._own_callbacks(config, given)]
+        plugins = config["plugins"] or []
+        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise ConfigError(f"--trainer: {error}") from error
 
     def _own_callbacks(self, config: Any, given: list[Callback]) -> list[Callback]:
-        callbacks: list[Callback] = [ConfiguredOptimizers()] if self.subcommand == "fit" else []
+        keeps = config["enable_checkpointing"] is not False and not config["fast_dev_run"]
+        self.stop = StopAfterUpdate(self.folder / "checkpoints" / "last.ckpt" if keeps else None)
+        callbacks: list[Callback] = [ConfiguredOptimizers(), self.stop] if self.subcommand == "fit" else []
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks.append(RunProgressBar())
         if config["enable_checkpointing"] is not False:
             folder = str(self.folder / "checkpoints")
             # One file each, replaced in place. `last` comes second: it then holds what `best` has just noted.
-            last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-            callbacks += [BestCheckpoint(folder), last]
+            callbacks += [BestCheckpoint(folder), LastCheckpoint(folder)]
         return callbacks
 
     # ---------------------------------------------------------------- running
@@ -201,11 +211,10 @@ class DiffRLCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
             raise ConfigError(f"--trainer: {error}") from error
-        except SystemExit as stop:
-            # Lightning ends an interrupted run this way, after saving nothing more: last.ckpt is of the last epoch.
+        except SystemExit:
+            # Both ways to stop end like this: ours after an update, and the Trainer's at a second Ctrl-C.
             self.stopped()
-            number = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
-            sys.exit(128 + number)
+            sys.exit(128 + (self.stop.received or signal.SIGINT))
 
     def before_fit(self) -> None:
         """Say what is about to happen."""
@@ -217,7 +226,8 @@ class DiffRLCLI(LightningCLI):
         say(f"{type(self.model).__name__}: {length} on {device}, {where}")
         if start:
             kind = "continuing" if runs.continues(Path(start), self.folder) else "a new run, starting"
-            say(f"{kind} from {start}, which has {self.epochs_done} epochs")
+            within = f" and {self.updates_done} updates" if self.updates_done else ""
+            say(f"{kind} from {start}, which has {self.epochs_done} epochs{within}")
             if 0 < epochs <= self.epochs_done:
                 say("nothing is left to train; --trainer.max_epochs trains longer")
 
@@ -278,6 +288,19 @@ def check_method(checkpoint: Path, saved: str, method: type) -> None:
         raise ConfigError(
             f"--ckpt_path {checkpoint} is a checkpoint of {saved}, the config says {ours}; give the config of that "
             f"run, {runs.run_folder(checkpoint) / 'config.yaml'}, or start a new run without --ckpt_path"
+        )
+
+
+def refuse_other_seed(checkpoint: Path, saved: int, current: Any, fit: bool) -> None:
+    """Refuse to continue a run under another seed: it would be neither the one run nor the other.
+
+    Raises:
+        ConfigError: With both seeds.
+    """
+    if fit and int(current) != saved:
+        raise ConfigError(
+            f"--ckpt_path {checkpoint} continues a run with --seed_everything {saved}, got {current}; leave it out, or "
+            "branch off into a run of another name: --run NAME and the checkpoint's file"
         )
 
 

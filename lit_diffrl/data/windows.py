@@ -4,13 +4,12 @@ Source: Diffuser (Janner et al. 2022) and its released data pipeline; DMEMM uses
 
 A window is ``horizon`` rows of (action, obs), actions first, normalised. With ``stride`` s a row stands for s
 simulator steps: its observation is the one before them, its action their mean, its reward their sum; s = 1 is the
-papers' setting. Batches are drawn by index from tensors, and batch i of epoch e on rank r is a pure function of
-(seed, e, r, i): a resumed run draws what an uninterrupted one would have drawn.
+papers' setting. Batches are drawn by index from tensors on the training's device; a batch is a pure function of its
+place in the run (:class:`~lit_diffrl.seeding.Place`): a resumed run draws what an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,8 +22,9 @@ from lit_diffrl.data.normalizers import fit_normalizer
 from lit_diffrl.data.segments import discounted_returns, goal_departures, window_starts
 from lit_diffrl.data.sources import SourceInfo, load_source, prepare_source
 from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.data.stream import BatchStream
 from lit_diffrl.errors import ConfigError, DataError, check_choice, check_range
-from lit_diffrl.seeding import global_seed, mix_seed
+from lit_diffrl.seeding import Place, global_seed, mix_seed
 
 
 class WindowBatch(NamedTuple):
@@ -59,28 +59,6 @@ class TransitionBatch(NamedTuple):
     action: Tensor
     reward: Tensor
     next_obs: Tensor
-
-
-class BatchStream:
-    """The batches of one epoch as Lightning wants them: an iterable that knows its length."""
-
-    def __init__(self, data: WindowData) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return self.data.updates_per_epoch
-
-    def __iter__(self) -> Iterator[WindowBatch | TransitionBatch]:
-        trainer = self.data.trainer
-        assert trainer is not None
-        # A run resumed in the middle of an epoch has already used this many batches.
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        for index in range(done, len(self)):
-            phase: Any = trainer.lightning_module.phase
-            if phase.batch == "transitions":
-                yield self.data.draw_transitions(phase.members, trainer.current_epoch, trainer.global_rank, index)
-            else:
-                yield self.data.draw_windows(trainer.current_epoch, trainer.global_rank, index)
 
 
 class WindowData(LightningDataModule):
@@ -192,6 +170,7 @@ class WindowData(LightningDataModule):
         self.action_normalizer = fit_normalizer(kind, self.episodes.action)
         self.obs = self.obs_normalizer.normalize(self.episodes.obs)
         self.action = self.action_normalizer.normalize(self.episodes.action)
+        self.reward = self.episodes.reward
         zero_action, zero_obs = torch.zeros(self.episodes.action_dim), torch.zeros(self.episodes.obs_dim)
         self.padding = torch.cat(
             [self.action_normalizer.normalize(zero_action), self.obs_normalizer.normalize(zero_obs)]
@@ -264,14 +243,13 @@ class WindowData(LightningDataModule):
 
     def _inside(self, start: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Indices ``(..., length)`` of consecutive steps, held at the episode's last, and which are inside it."""
-        index = start[..., None] + torch.arange(length)
+        index = start[..., None] + torch.arange(length, device=start.device)
         end = self.step_end[start][..., None]
         return torch.minimum(index, end - 1), index < end
 
     def _strided_reward(self, start: Tensor) -> Tensor:
-        assert self.episodes is not None
         index, inside = self._inside(start, self.stride)
-        return (self.episodes.reward[index] * inside).sum(-1)
+        return (self.reward[index] * inside).sum(-1)
 
     def _strided_action(self, start: Tensor) -> Tensor:
         if self.stride == 1:
@@ -286,7 +264,7 @@ class WindowData(LightningDataModule):
             start: ``(B,)`` step at which each window begins.
             horizon: Rows of the windows.
         """
-        rows = start[:, None] + self.stride * torch.arange(horizon)
+        rows = start[:, None] + self.stride * torch.arange(horizon, device=start.device)
         end = self.step_end[start][:, None]
         mask = rows < end
         rows = torch.minimum(rows, end - 1)
@@ -296,13 +274,44 @@ class WindowData(LightningDataModule):
             trajectory, mask, self._strided_reward(rows) * mask, self.returns[start], self.episode_returns[start]
         )
 
-    def draw_windows(self, epoch: int, rank: int, index: int) -> WindowBatch:
-        """Batch ``index`` of an epoch: windows drawn uniformly with replacement, one horizon for all ranks."""
-        shared = torch.Generator().manual_seed(mix_seed(global_seed(), epoch, index))
-        horizon = self.horizons[int(torch.randint(len(self.horizons), (), generator=shared))]
+    def draw(self, phase: Any, place: Place) -> WindowBatch | TransitionBatch:
+        """The batch of an update in a phase."""
+        indices = self.indices(phase, place)
+        return self.transitions(*indices) if phase.batch == "transitions" else self.windows(*indices)
+
+    def indices(self, phase: Any, place: Place) -> tuple[Tensor] | tuple[Tensor, int]:
+        """Steps that this process's batch of an update begins at; uniform, with replacement.
+
+        Transitions: ``(members, B)``. Windows: ``(B,)``, and their horizon, which is the same in all processes.
+
+        A member of an ensemble draws from its own bootstrap of the training transitions.
+        """
+        if phase.batch == "transitions":
+            position = place.randint(len(self.usable), (phase.members, self.transition_batch_size), 2)
+            chosen = self._bootstrap(phase.members).gather(1, position.to(self.usable.device))
+            return (self.usable[chosen.long()],)
+        one = torch.randint(len(self.horizons), (), generator=place.generator(0))
+        horizon = self.horizons[int(one)]
         starts = self.starts[horizon]
-        own = torch.Generator().manual_seed(mix_seed(global_seed(), epoch, index, rank, 1))
-        return self.windows(starts[torch.randint(len(starts), (self.batch_size,), generator=own)], horizon)
+        return starts[place.randint(len(starts), (self.batch_size,), 1).to(starts.device)], horizon
+
+    def _bootstrap(self, members: int) -> Tensor:
+        if members not in self.bootstraps:
+            fixed = torch.Generator().manual_seed(mix_seed(global_seed(), members))
+            n = len(self.usable)
+            drawn = torch.randint(n, (members, n), generator=fixed, dtype=torch.int32)
+            self.bootstraps[members] = drawn.to(self.usable.device)
+        return self.bootstraps[members]
+
+    def to(self, device: torch.device) -> None:
+        """Move what batches are cut from to a device."""
+        if self.obs.device == device:
+            return
+        steps = ("obs", "action", "reward", "returns", "episode_returns", "step_end")
+        for name in (*steps, "padding", "usable", "held_out"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.starts = {horizon: start.to(device) for horizon, start in self.starts.items()}
+        self.bootstraps = {members: index.to(device) for members, index in self.bootstraps.items()}
 
     def transitions(self, start: Tensor) -> TransitionBatch:
         """Transitions from the steps ``start`` ``(M, B)`` to ``stride`` steps later."""
@@ -312,16 +321,6 @@ class WindowData(LightningDataModule):
             reward=self._strided_reward(start),
             next_obs=self.obs[start + self.stride],
         )
-
-    def draw_transitions(self, members: int, epoch: int, rank: int, index: int) -> TransitionBatch:
-        """Batch ``index`` of an epoch: each member draws from its own bootstrap of the training transitions."""
-        if members not in self.bootstraps:
-            fixed = torch.Generator().manual_seed(mix_seed(global_seed(), members))
-            n = len(self.usable)
-            self.bootstraps[members] = torch.randint(n, (members, n), generator=fixed, dtype=torch.int32)
-        own = torch.Generator().manual_seed(mix_seed(global_seed(), epoch, index, rank, 2))
-        position = torch.randint(len(self.usable), (members, self.transition_batch_size), generator=own)
-        return self.transitions(self.usable[self.bootstraps[members].gather(1, position).long()])
 
     def train_dataloader(self) -> BatchStream:
         """Batches of the current phase's kind, ``updates_per_epoch`` to an epoch."""

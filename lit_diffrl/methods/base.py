@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -21,7 +23,8 @@ from lit_diffrl.methods.agreement import (
     refuse_other_past,
     refuse_other_shapes,
 )
-from lit_diffrl.seeding import global_seed, mix_seed
+from lit_diffrl.methods.guard import Guard
+from lit_diffrl.seeding import Draws, Place, global_seed, mix_seed, seed_generators
 
 CHECKPOINT_KEY = "lit_diffrl"
 Options = TypeVar("Options")
@@ -78,6 +81,9 @@ class Method(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.spec: DatasetSpec | None = None
+        self.draws = Draws()
+        self._guard = Guard()
+        self._clock: tuple[float, int] | None = None
         self._generators: list[torch.Generator] = []
 
     # ---------------------------------------------------------------- phases
@@ -124,8 +130,21 @@ class Method(LightningModule):
             self.spec = spec
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed this update's noise from its place in the run."""
-        torch.manual_seed(mix_seed(global_seed(), self.global_rank, self.current_epoch, batch_idx))
+        """Give this update its randomness: ``self.draws``, and every other generator a seed of its own."""
+        place = Place(self.current_epoch, batch_idx, self.global_rank, self.trainer.world_size)
+        self.draws = Draws(place, self.device)
+        seed_generators(mix_seed(place.seed(), place.rank), self.device)
+        if self._clock is None or batch_idx == 0:
+            self._clock = (time.perf_counter(), batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the number of the phase and the speed of its updates, loop and data included, rollouts not."""
+        if not self.reporting:
+            return
+        self.log("phase", float([p.name for p in self.phases].index(self.phase.name)))
+        assert self._clock is not None
+        begun, first = self._clock
+        self.log("time/updates_per_s", (batch_idx + 1 - first) / (time.perf_counter() - begun))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Held-out losses; a method without any has its rollouts alone."""
@@ -133,34 +152,72 @@ class Method(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: testing happens in the simulator (:class:`~lit_diffrl.rollout.callback.RolloutEvaluation`)."""
 
-    # ---------------------------------------------------------------- guard
+    # ---------------------------------------------------------------- one update
 
-    def guard(self, losses: Mapping[str, Tensor]) -> None:
-        """Stop the run when a loss is not finite, before the optimizer can spoil the weights.
+    def clip_gradients_of(self, optimizer: LightningOptimizer, limit: float | None = None) -> Tensor:
+        """Measure the norm of an optimizer's gradients, and shorten them to ``limit``.
+
+        Under 16-mixed the gradients are first divided by the loss scale, which the norm and the limit know nothing of.
+
+        Args:
+            optimizer: Whose parameters' gradients.
+            limit: Largest norm left; None measures only.
+
+        Returns:
+            The norm before clipping, a scalar.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer.optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+
+    def guard(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor], batch: Any) -> None:
+        """Stop the run when a loss or a gradient is not finite, before the optimizer can spoil the weights.
 
         Args:
             losses: Scalars by log name.
+            norms: Norms of gradients by log name.
+            batch: What they were computed from.
 
         Raises:
-            ConfigError: With method, phase, update and every loss of this update.
+            ConfigError: With method, phase, update and every number; the rest is in the run folder's
+                ``not_finite.json``.
         """
-        if bool(torch.stack([v.detach().float() for v in losses.values()]).isfinite().all()):
-            return
-        if self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return  # 16-mixed meets infinities by design: its scaler skips the step and lowers the scale
-        values = ", ".join(f"{k} = {v.detach().float().mean().item():.4g}" for k, v in losses.items())
-        place = f"epoch {self.current_epoch}" if self._trainer is not None else "outside a run"
-        raise ConfigError(
-            f"{type(self).__name__}, phase {self.phase.name}, {place}: a loss is not finite ({values}); the last "
-            "checkpoint is intact. Try a smaller learning rate (--model.lr) or gradient clipping "
-            "(--model.grad_clip 1.0)"
-        )
+        # 16-mixed meets infinite gradients by design: its scaler skips the step and lowers the scale.
+        scaled = self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self._guard.check(self, losses if scaled else {**losses, **norms}, batch, self.draws.place)
+
+    def diagnose(self, batch: Any) -> dict[str, float]:
+        """What else tells why an update of this batch failed, e.g. ``{"max |Q|": 1e9}``; called when one has."""
+        return {}
+
+    @property
+    def reporting(self) -> bool:
+        """Whether this update is drawn in the curves: every ``log_every_n_steps``-th, and the first of an epoch.
+
+        What is logged at other updates goes nowhere but costs as much; so compute and log it only here.
+        """
+        if self._trainer is None:
+            return False
+        loop = self.trainer.fit_loop.epoch_loop
+        return loop.batch_idx == 0 or (loop.total_batch_idx + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+    def report(self, values: Mapping[str, Tensor], *, prog_bar: bool = False) -> None:
+        """Log scalars by name if this update is a :attr:`reporting` one, averaged over processes."""
+        if self.reporting:
+            detached = {name: value.detach() for name, value in values.items()}
+            self.log_dict(detached, prog_bar=prog_bar, sync_dist=self.trainer.world_size > 1)
 
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the spec and the class, in plain types, so that the file alone can act."""
         assert self.spec is not None
+        self._guard.flush(self)
         checkpoint[CHECKPOINT_KEY] = {
             "method": f"{type(self).__module__}.{type(self).__qualname__}",
             "spec": self.spec.to_dict(),
@@ -220,7 +277,7 @@ class Method(LightningModule):
         """
         self._ensure_generators(max(rows) + 1)
         noise = torch.stack([torch.randn(tuple(shape), generator=self._generators[r]) for r in rows])
-        return noise.to(self.device)
+        return self.to_own(noise)
 
     def act(self, obs: Any, active: Sequence[bool] | np.ndarray | None = None) -> Any:
         """Choose actions.
@@ -242,9 +299,7 @@ class Method(LightningModule):
         if len(rows):
             with torch.inference_mode(False), torch.no_grad():
                 chosen = self.choose_action(
-                    torch.as_tensor(state[rows], device=self.device).clone(),
-                    None if goal is None else torch.as_tensor(goal[rows], device=self.device).clone(),
-                    rows.tolist(),
+                    self.to_own(state[rows]), None if goal is None else self.to_own(goal[rows]), rows.tolist()
                 )
             action[rows] = chosen.float().cpu().numpy()
         action = np.clip(action, self.spec.action_low, self.spec.action_high).astype(np.float32)
@@ -252,6 +307,11 @@ class Method(LightningModule):
         if self.spec.is_single(obs):
             action = action[0]
         return torch.as_tensor(action, device=sample.device) if isinstance(sample, Tensor) else action
+
+    def to_own(self, numbers: np.ndarray | Tensor) -> Tensor:
+        """A copy on the networks' device, in their precision."""
+        dtype = cast(torch.dtype, self.dtype)
+        return torch.as_tensor(numbers).to(self.device, dtype, copy=True)
 
     def choose_action(self, state: Tensor, goal: Tensor | None, rows: list[int]) -> Tensor:
         """Choose actions for some rows of the batch of environments.

@@ -279,8 +279,8 @@ class Diffuser(Planner):
     def noised(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Diffusion step k uniform on 1..K, noise, and the noisy windows with their conditions."""
         assert self.spec is not None
-        k = torch.randint(1, self.schedule.num_steps + 1, (len(x0),), device=x0.device)
-        eps = torch.randn_like(x0)
+        k = self.draws.randint(1, self.schedule.num_steps + 1, x0)
+        eps = self.draws.randn_like(x0)
         x_k = self.schedule.q_sample(x0, k, eps)
         return k, eps, impose(x_k, self.conditions_of(x0), self.spec.action_dim)
 
@@ -327,11 +327,10 @@ class Diffuser(Planner):
             losses = self.diffusion_loss(batch)
 
         self.manual_backward(losses["total"])
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.guard({**{f"loss/{name}": loss for name, loss in losses.items()}, f"grad_norm/{phase}": norm})
-        if self.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        norm = self.clip_gradients_of(optimizer, self.grad_clip)
+        shown = {f"loss/{name}": loss for name, loss in losses.items()}
+        norms = {f"grad_norm/{phase}": norm}
+        self.guard(shown, norms, batch)
         optimizer.step()
 
         if phase == "value":
@@ -339,9 +338,9 @@ class Diffuser(Planner):
         elif phase == "diffusion":
             self.ema.update(self.net)
 
-        shown = {f"loss/{name}": loss.detach() for name, loss in losses.items() if name != "total"}
-        self.log_dict(shown, prog_bar=True)
-        self.log(f"grad_norm/{phase}", norm)
+        del shown["loss/total"]
+        self.report(shown, prog_bar=True)
+        self.report(norms)
 
     def _anneal(self, optimizer: LightningOptimizer, phase: str) -> None:
         """Set the cosine learning rate of this place in the phase: a pure function, so nothing needs saving."""

@@ -29,7 +29,6 @@ from lit_diffrl.methods.options import (
 from lit_diffrl.methods.planner import impose
 
 DUAL_GUIDE = GuideOptions(kind="dual", at="x0", scale=1e-3, max_step=0.1)
-REWARD_GAP_EVERY = 50  # updates between two measurements of how far plans outrun the data's predicted rewards
 
 
 class DMEMM(Diffuser):
@@ -212,7 +211,7 @@ class DMEMM(Diffuser):
             over_k = torch.ones_like(u)
         entries = float(plan.shape[1] * plan.shape[2])
         rows = batch.mask.sum(-1)
-        self._log_reward_gap(plan, batch)
+        self._report_reward_gap(plan, batch)
         by_entries = self.reduction == "entries"
         losses: dict[str, Tensor] = {}
         if self.lambda_tr > 0:
@@ -235,7 +234,7 @@ class DMEMM(Diffuser):
             error = error * (1 / self.schedule.at("u", k, x0).flatten().square()).clamp_max(self.snr_cap)
         weights = self.reward_weights(batch)
         wdiff = (weights * error).mean()
-        self.log("weight", weights.mean())
+        self.report({"weight": weights.mean()})
 
         # Eq. 8, then Eqs. 9 and 10; without them DMEMM is a weighted Diffuser
         if self.lambda_tr == 0 and self.lambda_rd == 0:
@@ -281,10 +280,10 @@ class DMEMM(Diffuser):
         scaled.backward()
 
     @torch.no_grad()
-    def _log_reward_gap(self, plan: Tensor, batch: WindowBatch) -> None:
-        if self.global_step % REWARD_GAP_EVERY == 0:
+    def _report_reward_gap(self, plan: Tensor, batch: WindowBatch) -> None:
+        if self.reporting:
             gap = self.reward_loss(batch.trajectory, batch.mask) - self.reward_loss(plan, batch.mask)
-            self.log("reward_gap", (gap / batch.mask.sum(-1)).mean())
+            self.report({"reward_gap": (gap / batch.mask.sum(-1)).mean()})
 
     # ---------------------------------------------------------------- Eq. 13
 

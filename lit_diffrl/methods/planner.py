@@ -301,11 +301,8 @@ class Planner(WorldModelPhase):
             raise ConfigError(f"{type(self).__name__} has no networks yet: load a checkpoint or fit first")
         state, goal = self.spec.split_obs(obs)
         with torch.inference_mode(False), torch.no_grad():
-            plans = self.make_plans(
-                torch.as_tensor(state, device=self.device).clone(),
-                None if goal is None else torch.as_tensor(goal, device=self.device).clone(),
-                list(range(len(state))),
-            )
+            to = self.to_own
+            plans = self.make_plans(to(state), None if goal is None else to(goal), list(range(len(state))))
         return plans[0] if self.spec.is_single(obs) else plans
 
     def plan_trace(self) -> list[np.ndarray | None]:

@@ -74,16 +74,15 @@ class WorldModelPhase(Method):
 
     def on_train_epoch_start(self) -> None:
         """Open the world model's phase (scales of its targets) and close it (best weights, elites)."""
-        self.log("phase", float([p.name for p in self.phases].index(self.phase.name)))
         if not self.uses_world_model:
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.current_epoch == 0:
             sample = data.transitions(data.usable[:SCALE_SAMPLE])
-            self.world_model.fit_scales((sample.next_obs - sample.obs).to(self.device))
+            self.world_model.fit_scales(self.to_own(sample.next_obs - sample.obs))
         elif self.current_epoch == self.epochs["world_model"]:
             self.world_model.finish()
-            held_out = [x[0].to(self.device) for x in data.held_out_transitions()]
+            held_out = [self.to_own(x[0]) for x in data.held_out_transitions()]
             self.calibrate(held_out[0], held_out[1], held_out[3])
 
     def calibrate(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> None:

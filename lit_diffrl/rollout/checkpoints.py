@@ -1,4 +1,4 @@
-"""The checkpoint of the best evaluation."""
+"""The two checkpoints of a run: its last state and its best evaluation."""
 
 from __future__ import annotations
 
@@ -47,3 +47,20 @@ class BestCheckpoint(ModelCheckpoint):
         """Save if this evaluation is the best so far."""
         if not self._waits(trainer):
             super().on_validation_end(trainer, pl_module)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the state after the latest epoch, from which the run continues.
+
+    Args:
+        dirpath: Folder of the checkpoints; null for the logger's.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        super().__init__(dirpath, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the curves up to here before the checkpoint that continues them."""
+        for logger in trainer.loggers:
+            logger.save()
+        super().on_train_epoch_end(trainer, pl_module)

@@ -10,6 +10,8 @@ from lit_diffrl.data.segments import discounted_returns, goal_departures, window
 from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.data.windows import WindowData
 from lit_diffrl.errors import ConfigError, DataError
+from lit_diffrl.methods.base import Phase
+from lit_diffrl.seeding import Place
 
 
 def make_episodes(lengths: list[int], obs_dim: int = 2, action_dim: int = 1, terminal: bool = False) -> Episodes:
@@ -115,31 +117,49 @@ def test_episode_return_is_undiscounted_and_without_penalty():
     assert data.windows(torch.tensor([3, 22]), 8).episode_return.tolist() == [20.0, 10.0]
 
 
-def test_draws_are_a_pure_function_of_seed_epoch_rank_and_index(monkeypatch):
+WINDOWS = Phase("diffusion", 1)
+
+
+def ensemble(members):
+    return Phase("world_model", 1, "transitions", members)
+
+
+def test_draws_are_a_pure_function_of_seed_and_place(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     first, second = make_data([50, 60]), make_data([50, 60])
-    second.draw_windows(0, 0, 0)  # earlier draws leave no trace
+    second.draw(WINDOWS, Place(0, 0))  # earlier draws leave no trace
     torch.manual_seed(123)
-    for a, b in zip(first.draw_windows(3, 1, 5), second.draw_windows(3, 1, 5)):
+    here = Place(3, 5, 1, 2)
+    for a, b in zip(first.draw(WINDOWS, here), second.draw(WINDOWS, here)):
         assert torch.equal(a, b)
-    assert torch.equal(first.draw_transitions(3, 2, 0, 9).obs, second.draw_transitions(3, 2, 0, 9).obs)
-    base = first.draw_windows(3, 1, 5).trajectory
-    for other in ((4, 1, 5), (3, 0, 5), (3, 1, 6)):
-        assert not torch.equal(base, first.draw_windows(*other).trajectory)
+    assert torch.equal(first.draw(ensemble(3), Place(2, 9)).obs, second.draw(ensemble(3), Place(2, 9)).obs)
+    base = first.draw(WINDOWS, here).trajectory
+    for other in (Place(4, 5, 1, 2), Place(3, 5, 0, 2), Place(3, 6, 1, 2)):
+        assert not torch.equal(base, first.draw(WINDOWS, other).trajectory)
     monkeypatch.setenv("PL_GLOBAL_SEED", "8")
-    assert not torch.equal(base, first.draw_windows(3, 1, 5).trajectory)
+    assert not torch.equal(base, first.draw(WINDOWS, here).trajectory)
+
+
+@pytest.mark.parametrize(("phase", "size"), [(WINDOWS, "batch_size"), (ensemble(3), "transition_batch_size")])
+def test_the_processes_of_an_update_share_the_batch_of_one(phase, size):
+    whole, half = make_data([50, 60], **{size: 12}), make_data([50, 60], **{size: 6})
+    parts = [half.draw(phase, Place(1, 7, rank, 2)) for rank in range(2)]
+    for one, *shares in zip(whole.draw(phase, Place(1, 7)), *parts):
+        assert torch.equal(one, torch.cat(shares, dim=1 if phase.batch == "transitions" else 0))
 
 
 def test_several_horizons_alternate_between_batches_but_not_between_ranks():
     data = make_data([80], horizon=[4, 8, 12])
-    seen = [data.draw_windows(0, 0, i).trajectory.shape[1] for i in range(40)]
-    assert set(seen) == {4, 8, 12}
-    assert seen == [data.draw_windows(0, 1, i).trajectory.shape[1] for i in range(40)]
+
+    def seen(rank):
+        return [data.draw(WINDOWS, Place(0, i, rank, 2)).trajectory.shape[1] for i in range(40)]
+
+    assert set(seen(0)) == {4, 8, 12} and seen(0) == seen(1)
 
 
 def test_members_draw_different_transitions_and_never_held_out_ones():
     data = make_data([400])
-    batch = data.draw_transitions(3, 0, 0, 0)
+    batch = data.draw(ensemble(3), Place(0, 0))
     assert batch.obs.shape == (3, 256, 2) and not torch.equal(batch.obs[0], batch.obs[1])
     steps = data.obs_normalizer.unnormalize(batch.obs)[..., 0].round().long() - 1
     assert not set(steps.flatten().tolist()) & set(data.held_out.tolist())

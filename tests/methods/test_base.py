@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.data.windows import WindowBatch
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Method, Phase, as_options, plain
 from lit_diffrl.methods.options import PlanOptions, SamplerOptions
@@ -53,7 +54,7 @@ class Place:
     """As much of a Trainer as a phase looks at."""
 
     def __init__(self, epoch: int, rank: int = 0) -> None:
-        self.current_epoch, self.global_rank = epoch, rank
+        self.current_epoch, self.global_rank, self.world_size = epoch, rank, 2
 
 
 def at(method: Noisy, epoch: int, rank: int = 0) -> Noisy:
@@ -198,9 +199,12 @@ def test_without_seeds_every_episode_has_fresh_noise(agent: Noisy) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run(agent: Noisy, bad: float) -> None:
-    agent.guard({"loss/a": torch.tensor(1.0)})
-    with pytest.raises(ConfigError, match=rf"Noisy, phase a, .*loss/a = 1, loss/b = {bad}.*--model.lr"):
-        agent.guard({"loss/a": torch.tensor(1.0), "loss/b": torch.tensor(bad)})
+    batch = WindowBatch(*(torch.ones(2) for _ in WindowBatch._fields))
+    one = torch.tensor(1.0)
+    agent.guard({"loss/a": one}, {"grad_norm/a": one}, batch)
+    for losses, norms in (({"loss/a": one, "b": torch.tensor(bad)}, {}), ({"loss/a": one}, {"b": torch.tensor(bad)})):
+        with pytest.raises(ConfigError, match=rf"Noisy, phase a, .*: b is not finite .loss/a = 1, b = {bad}.*model.lr"):
+            agent.guard(losses, norms, batch)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -1,0 +1,69 @@
+"""How checkpoints reach the disk: whole or not at all, and as data that nothing in them can turn into code."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from lit_diffrl.errors import ConfigError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its name, forces it to the disk and renames it; reads with ``weights_only=True``.
+
+    A process killed while it saves, or a full disk, leaves the file of before. Lightning's own class writes to the
+    system's temporary folder first: where that is another file system, the last step copies, and can be torn.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint.
+
+        Args:
+            checkpoint: Tensors and plain values.
+            path: The file to replace.
+            storage_options: Unused; Lightning's interface has it.
+
+        Raises:
+            ConfigError: If it cannot be written; a file of that name is then as it was.
+        """
+        path = Path(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        beside = path.with_name(f".{path.name}.saving")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            kept = f"; the {path.name} of before is intact" if path.is_file() else ""
+            raise ConfigError(
+                f"cannot save {path}: {error.strerror or error} ({len(content.getbuffer()) / 2**20:.1f} MiB are needed)"
+                f"{kept}. Make room, then continue with --ckpt_path last"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint as data; ``weights_only`` is always true."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a folder's new names to the disk, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
