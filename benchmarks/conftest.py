@@ -37,10 +37,33 @@ def yardstick() -> Callable[[], Any]:
     return forward
 
 
+@pytest.fixture
+def timer(request: pytest.FixtureRequest) -> Callable[[], float]:
+    """The clock that ``--benchmark-timer`` names."""
+    found: Callable[[], float] = pkgutil.resolve_name(request.config.getoption("benchmark_timer"))
+    return found
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """Add a row that was measured by other means: label and seconds."""
+    return lambda label, seconds: request.config.stash[ROWS].append((label, seconds, ""))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def minari_root(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An empty root of Minari datasets; the maze is collected into it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def row(request: pytest.FixtureRequest, benchmark: Any, yardstick: Callable[[], Any]) -> Iterator[None]:
+def row(
+    request: pytest.FixtureRequest, benchmark: Any, yardstick: Callable[[], Any], timer: Callable[[], float]
+) -> Iterator[None]:
     """Measure u before and after a benchmark and note its row of the table; the least times count."""
-    timer, stash = pkgutil.resolve_name(request.config.getoption("benchmark_timer")), request.config.stash
+    stash = request.config.stash
 
     def measure() -> None:
         for _ in range(YARDSTICK_ROUNDS):

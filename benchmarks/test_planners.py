@@ -51,14 +51,6 @@ def hopper_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def minari_root(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An empty root of Minari datasets; the maze is collected into it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
-        yield
-
-
 def loaded(dataset: str, **arguments: Any) -> WindowData:
     data = WindowData(dataset, updates_per_epoch=1, **arguments)
     data.prepare_data()

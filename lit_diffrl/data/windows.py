@@ -180,6 +180,19 @@ class WindowData(LightningDataModule):
         episode = torch.repeat_interleave(torch.arange(len(totals)), self.episodes.lengths)
         self.episode_returns = totals.index_add(0, episode, self.episodes.reward)[episode]
         self.step_end = torch.repeat_interleave(self.episodes.ends, self.episodes.lengths)
+        self._join_steps()
+
+    def _join_steps(self) -> None:
+        """Actions' means and rewards' sums over the ``stride`` steps from each step on, as far as its episode goes."""
+        steps = torch.arange(len(self.reward))
+        action, reward, count = self.action.clone(), self.reward.clone(), torch.ones(len(steps))
+        for ahead in range(1, self.stride):
+            inside = (steps + ahead < self.step_end).float()
+            index = (steps + ahead).clamp_max(len(steps) - 1)
+            action += self.action[index] * inside[:, None]
+            reward += self.reward[index] * inside
+            count += inside
+        self.action, self.reward = action / count[:, None], reward
 
     def _index_windows(self) -> None:
         assert self.episodes is not None
@@ -218,7 +231,6 @@ class WindowData(LightningDataModule):
 
     def _describe(self, info: SourceInfo) -> None:
         assert self.episodes is not None
-        row_reward = self._strided_reward(torch.arange(self.episodes.num_steps))
         self.spec = DatasetSpec(
             obs_dim=self.episodes.obs_dim,
             action_dim=self.episodes.action_dim,
@@ -234,28 +246,12 @@ class WindowData(LightningDataModule):
             goal=info.goal,
             obs_normalizer=self.obs_normalizer.state(),
             action_normalizer=self.action_normalizer.state(),
-            reward_max=float(row_reward.max()),
-            reward_min=float(row_reward.min()),
+            reward_max=float(self.reward.max()),
+            reward_min=float(self.reward.min()),
             stride=self.stride,
         )
 
     # ---------------------------------------------------------------- drawing
-
-    def _inside(self, start: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Indices ``(..., length)`` of consecutive steps, held at the episode's last, and which are inside it."""
-        index = start[..., None] + torch.arange(length, device=start.device)
-        end = self.step_end[start][..., None]
-        return torch.minimum(index, end - 1), index < end
-
-    def _strided_reward(self, start: Tensor) -> Tensor:
-        index, inside = self._inside(start, self.stride)
-        return (self.reward[index] * inside).sum(-1)
-
-    def _strided_action(self, start: Tensor) -> Tensor:
-        if self.stride == 1:
-            return self.action[start]
-        index, inside = self._inside(start, self.stride)
-        return (self.action[index] * inside[..., None]).sum(-2) / inside.sum(-1, keepdim=True)
 
     def windows(self, start: Tensor, horizon: int) -> WindowBatch:
         """Cut windows out of the data.
@@ -268,10 +264,10 @@ class WindowData(LightningDataModule):
         end = self.step_end[start][:, None]
         mask = rows < end
         rows = torch.minimum(rows, end - 1)
-        trajectory = torch.cat([self._strided_action(rows), self.obs[rows]], dim=-1)
+        trajectory = torch.cat([self.action[rows], self.obs[rows]], dim=-1)
         trajectory = torch.where(mask[..., None], trajectory, self.padding)
         return WindowBatch(
-            trajectory, mask, self._strided_reward(rows) * mask, self.returns[start], self.episode_returns[start]
+            trajectory, mask, self.reward[rows] * mask, self.returns[start], self.episode_returns[start]
         )
 
     def draw(self, phase: Any, place: Place) -> WindowBatch | TransitionBatch:
@@ -317,8 +313,8 @@ class WindowData(LightningDataModule):
         """Transitions from the steps ``start`` ``(M, B)`` to ``stride`` steps later."""
         return TransitionBatch(
             obs=self.obs[start],
-            action=self._strided_action(start),
-            reward=self._strided_reward(start),
+            action=self.action[start],
+            reward=self.reward[start],
             next_obs=self.obs[start + self.stride],
         )
 

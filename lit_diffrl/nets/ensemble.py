@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_diffrl.errors import ConfigError, check_choice, check_range
-from lit_diffrl.nets.mlp import ACTIVATIONS
+from lit_diffrl.nets.activations import ACTIVATIONS
 
 Members = Tensor | slice
 

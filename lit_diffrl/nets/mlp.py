@@ -8,8 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from lit_diffrl.errors import ConfigError, check_choice
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"mish": nn.Mish, "relu": nn.ReLU, "silu": nn.SiLU}
+from lit_diffrl.nets.activations import ACTIVATIONS
 
 
 class MLP(nn.Sequential):

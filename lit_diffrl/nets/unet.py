@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_diffrl.errors import ConfigError, check_range
+from lit_diffrl.nets.activations import Mish, mish
 from lit_diffrl.nets.embeddings import SinusoidalEmbedding
 from lit_diffrl.nets.mlp import MLP
 
@@ -26,7 +26,7 @@ class ConvBlock(nn.Sequential):
         super().__init__(
             nn.Conv1d(channels_in, channels_out, kernel, padding=kernel // 2),
             nn.GroupNorm(GROUPS, channels_out),
-            nn.Mish(),
+            Mish(),
         )
 
 
@@ -153,7 +153,7 @@ class TemporalUNet(nn.Module):
         h = x.transpose(1, 2)
         if missing:
             h = torch.cat([h, h[:, :, -1:].expand(-1, -1, missing)], dim=2)
-        time = F.mish(self.time(j, x))
+        time = mish(self.time(j, x))
 
         skips = []
         for level, downsample in zip(self.downs, [*self.downsamples, nn.Identity()]):
@@ -237,7 +237,7 @@ class ValueUNet(nn.Module):
                 "train one for that horizon"
             )
         embedding = self.time(j, x)
-        time = F.mish(embedding)
+        time = mish(embedding)
         h = x.transpose(1, 2)
         for level, downsample in zip(self.levels, self.downsamples):
             h = downsample(level(h, time))
