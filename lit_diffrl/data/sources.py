@@ -7,7 +7,6 @@ Every source gives :class:`Episodes` and a :class:`SourceInfo`. Data is fetched 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import socket
@@ -24,7 +23,7 @@ from lit_diffrl.errors import ConfigError, DataError, nearest
 
 COLLECTED = "lit_diffrl/"
 
-__all__ = ["SourceInfo", "check_env", "load_source", "prepare_source"]
+__all__ = ["SourceInfo", "load_source", "prepare_source"]
 
 
 def load_source(
@@ -175,46 +174,3 @@ def _union(parts: list[tuple[Episodes, SourceInfo]]) -> tuple[Episodes, SourceIn
     return Episodes.concat([episodes for episodes, _ in parts]), dataclasses.replace(
         infos[0], dataset_ids=ids, goal=goal
     )
-
-
-def check_env(env_spec: str) -> None:
-    """Refuse an evaluation environment that is not installed, before time is spent on training.
-
-    Args:
-        env_spec: Gymnasium's EnvSpec as JSON. Only the existence of its class (and wrappers) is checked: whether it can
-            be built shows at the first evaluation.
-
-    Raises:
-        ConfigError: With the environment's id, what is missing and the nearest ids of this installation.
-    """
-    import gymnasium as gym
-    import gymnasium_robotics
-    from gymnasium.envs.registration import EnvSpec
-
-    try:
-        spec = EnvSpec.from_json(env_spec)
-    except Exception as error:  # JSON, names and fields fail in their own ways
-        raise ConfigError(
-            f"the dataset's environment {env_spec[:80]!r} is not an EnvSpec of Gymnasium ({error}); record the "
-            "dataset with a registered environment"
-        ) from error
-    gym.register_envs(gymnasium_robotics)
-    for entry_point in (spec.entry_point, *(wrapper.entry_point for wrapper in spec.additional_wrappers)):
-        missing = _missing_class(entry_point)
-        if missing:
-            raise ConfigError(
-                f"the dataset's environment {spec.id!r} is not installed ({missing}): install the package that "
-                "provides it, or use a dataset of an environment that is installed; "
-                + (nearest(spec.id, gym.registry) or "gymnasium.pprint_registry() lists them")
-            )
-
-
-def _missing_class(entry_point: Any) -> str:
-    """Why ``module:name`` cannot be imported, or an empty string."""
-    if not isinstance(entry_point, str):
-        return "its description names no class"
-    module, _, name = entry_point.partition(":")
-    try:
-        return "" if hasattr(importlib.import_module(module), name) else f"{module} has no {name!r}"
-    except Exception as error:  # a package's import may fail in any way
-        return f"{type(error).__name__}: {error}"

@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_diffrl.data.sources import check_env
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError, check_range
 from lit_diffrl.rollout import pictures as draw
-from lit_diffrl.rollout.episodes import EpisodeResult, check_sizes, run_episodes, summarize
+from lit_diffrl.rollout.environments import rehearse
+from lit_diffrl.rollout.episodes import EpisodeResult, run_episodes, summarize
 from lit_diffrl.rollout.results import duration, table, unused_name, write_bytes, write_json
 from lit_diffrl.rollout.scores import RunningScores
 
@@ -100,10 +100,8 @@ class RolloutEvaluation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an environment that this installation cannot build before any time is spent on training."""
         self._started = time.monotonic()
-        env_spec = _spec(pl_module).env_spec
-        if env_spec is not None:
-            check_env(env_spec)
-            check_sizes(_spec(pl_module))
+        if self._has_env(pl_module):
+            rehearse(_spec(pl_module), self.max_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so when no evaluation will take place."""

@@ -8,9 +8,7 @@ finish would favour the short ones.
 from __future__ import annotations
 
 import logging
-import os
 import random
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 
 from lit_diffrl.errors import ConfigError, check_range
+from lit_diffrl.rollout.environments import make_env, step_limit
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -112,58 +111,6 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     }
 
 
-def make_env(env_spec: str, *, render: bool = False) -> gym.Env:
-    """Build an environment from its saved description.
-
-    Args:
-        env_spec: Gymnasium's EnvSpec as JSON.
-        render: Make it able to draw pictures of itself.
-
-    Raises:
-        ConfigError: When this installation cannot build it, or its actions are not a box of numbers.
-    """
-    import gymnasium as gym
-    from gymnasium.envs.registration import EnvSpec
-
-    options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
-    if render and sys.platform == "linux" and not ({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # the default needs a display
-    try:
-        parsed = EnvSpec.from_json(env_spec)  # names its class, so nothing need be registered
-        env = gym.make(parsed, disable_env_checker=True, **options)
-    except Exception as error:  # packages fail in their own ways when a simulator or an asset is missing
-        raise ConfigError(
-            f"cannot build the evaluation environment {env_spec[:120]} ({type(error).__name__}: {error}); install "
-            "the package that provides it, or train without evaluation by a dataset that names no environment"
-        ) from error
-    if not isinstance(env.action_space, gym.spaces.Box):
-        raise ConfigError(f"{parsed.id} has actions {env.action_space}; rollouts need a Box of continuous actions")
-    return env
-
-
-def check_sizes(spec: DatasetSpec) -> None:
-    """Refuse an environment whose observations or actions are not those of the data.
-
-    Raises:
-        ConfigError: With what differs, or as :func:`make_env`.
-    """
-    assert spec.env_spec is not None
-    env = make_env(spec.env_spec)
-    name = env.spec.id if env.spec is not None else "environment"
-    try:
-        spec.split_obs(env.reset(seed=0)[0])
-    except ConfigError as error:
-        raise ConfigError(f"{name}, which the dataset names for evaluation, does not fit it: {error}") from error
-    finally:
-        env.close()
-    if env.action_space.shape != (spec.action_dim,):
-        raise ConfigError(
-            f"{name}, which the dataset names for evaluation, does not fit it: the environment takes actions of shape "
-            f"{env.action_space.shape}, those of {'+'.join(spec.dataset_ids)} have {(spec.action_dim,)}; correct the "
-            "dataset's env_spec"
-        )
-
-
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """Give back the global random states (torch, its CUDA devices, numpy, python) as they were."""
@@ -219,7 +166,7 @@ def run_episodes(
     try:
         for k in indices[:num_envs]:
             envs.append(make_env(spec.env_spec, render=render and k == 0))
-        limit = _step_limit(spec, envs, max_steps)
+        limit = step_limit(spec, envs[0], max_steps)
         with preserved_rng():
             for first in range(0, len(indices), num_envs):
                 batch = [
@@ -233,14 +180,6 @@ def run_episodes(
             env.close()
         agent.reset()
     return results
-
-
-def _step_limit(spec: DatasetSpec, envs: Sequence[gym.Env], max_steps: int | None) -> int:
-    own = [env.spec.max_episode_steps for env in envs[:1] if env.spec is not None]
-    limits = [limit for limit in (max_steps, spec.max_episode_steps, *own) if limit is not None]
-    if not limits:
-        raise ConfigError("the environment has no time limit: say how long episodes last, --rollout.max_steps 1000")
-    return min(limits)
 
 
 @dataclass

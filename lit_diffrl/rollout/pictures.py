@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lit_diffrl.rollout.episodes import EpisodeResult, make_env
+from lit_diffrl.rollout.environments import make_env
+from lit_diffrl.rollout.episodes import EpisodeResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lit_diffrl.data.d4rl import TASKS, load_d4rl, split_flat, task_name
-from lit_diffrl.data.sources import check_env, load_source
+from lit_diffrl.data.sources import load_source
 from lit_diffrl.errors import ConfigError, DataError
+from lit_diffrl.rollout.environments import check_env
 
 
 def arrays(steps: int = 30, obs_dim: int = 11, action_dim: int = 3, **changes: Any) -> dict[str, Any]:
@@ -139,14 +140,12 @@ def test_mazes_have_their_fixed_goal_and_environment(tmp_path):
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.env_id])
 def test_evaluation_environments_fit_the_data(name, tmp_path):
     import gymnasium as gym
-    from gymnasium.envs.registration import EnvSpec
 
     task = TASKS[name]
     path = write(tmp_path / f"{name}-v2.hdf5", arrays(5, task.obs_dim, task.action_dim, timeouts=flags(5, 4)))
     _, info = load_d4rl(path)
     assert info.env_spec is not None
-    check_env(info.env_spec)
-    env = gym.make(EnvSpec.from_json(info.env_spec))
+    env = gym.make(check_env(info.env_spec))
     try:
         assert env.observation_space.shape == (task.obs_dim,)
         assert env.action_space.shape == (task.action_dim,)

@@ -1,4 +1,4 @@
-"""Sources: Minari datasets, unions, names, and the environment's check before training."""
+"""Sources: Minari datasets, unions and names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lit_diffrl.data import pointmaze, sources
-from lit_diffrl.data.sources import check_env, load_source, prepare_source
+from lit_diffrl.data.sources import load_source, prepare_source
 from lit_diffrl.errors import ConfigError, DataError
+from lit_diffrl.rollout.environments import check_env
 
 
 @pytest.fixture
@@ -280,40 +281,3 @@ def test_a_missing_file_is_named_with_its_neighbours(tmp_path: Path):
     (tmp_path / "hopper_medium-v2.hdf5").touch()
     with pytest.raises(ConfigError, match=r"hoper_medium-v2.hdf5 does not exist.*did you mean .*hopper_medium-v2.hdf5"):
         prepare_source(str(tmp_path / "hoper_medium-v2.hdf5"))
-
-
-# ---------------------------------------------------------------- environments
-
-
-def spec_json(env_id: str, entry_point: str | None, wrappers: list[dict[str, Any]] | None = None) -> str:
-    spec = json.loads(gym.spec("Hopper-v5").to_json())
-    return json.dumps({**spec, "id": env_id, "entry_point": entry_point, "additional_wrappers": wrappers or []})
-
-
-def test_installed_environments_pass():
-    check_env(gym.spec("HalfCheetah-v5").to_json())
-    check_env(pointmaze.env_spec("umaze").to_json())
-
-
-@pytest.mark.parametrize(
-    ("env_spec", "words"),
-    [
-        (spec_json("Hoper-v5", "nowhere.envs:Hopper"), "'Hoper-v5'.*No module named 'nowhere'.*'Hopper-v5'"),
-        (spec_json("Hopper-v9", "gymnasium.envs.mujoco.hopper_v5:Hoper"), "'Hopper-v9'.*has no 'Hoper'.*'Hopper-v5'"),
-        (spec_json("PointMaze_UMaze-v9", None), "names no class.*'PointMaze_UMaze-v3'"),
-        (
-            spec_json(
-                "Hopper-v5",
-                "gymnasium.envs.mujoco.hopper_v5:HopperEnv",
-                [{"name": "X", "entry_point": "nowhere:X", "kwargs": {}}],
-            ),
-            "No module named 'nowhere'",
-        ),
-        ("{", "not an EnvSpec"),
-        ('{"id": 3}', "not an EnvSpec"),
-    ],
-)
-def test_environments_that_are_not_installed_are_refused(env_spec, words):
-    with pytest.raises(ConfigError, match=words) as caught:
-        check_env(env_spec)
-    assert "\n" not in str(caught.value)

@@ -46,6 +46,8 @@ class Countdown(gym.Env):
 _module = types.ModuleType("lit_diffrl_toy_env")
 _module.Countdown = Countdown  # type: ignore[attr-defined]
 sys.modules["lit_diffrl_toy_env"] = _module
+# What a description names must be registered, where it is of no known package.
+gym.register("Countdown-v0", entry_point="lit_diffrl_toy_env:Countdown")
 
 
 def make_spec(env_spec: str | None, **changes) -> DatasetSpec:

@@ -194,13 +194,6 @@ class TestErrors:
         with pytest.raises(ConfigError, match="toy/countdown-v0 names no environment"):
             run_episodes(toy_spec(env_spec=None), noisy_agent())
 
-    def test_unknown_environment(self, toy_spec, noisy_agent):
-        from gymnasium.envs.registration import EnvSpec
-
-        gone = EnvSpec("Gone-v0", entry_point="no_such_package:Gone").to_json()
-        with pytest.raises(ConfigError, match="Gone-v0.*ModuleNotFoundError.*install"):
-            run_episodes(toy_spec(env_spec=gone), noisy_agent())
-
     def test_endless_episodes(self, toy_spec, noisy_agent):
         from gymnasium.envs.registration import EnvSpec
 
