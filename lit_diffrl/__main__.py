@@ -67,6 +67,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before a run has begun, or while it ends
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -42,14 +43,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
-            _sync_folder(path.parent)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             kept = f"; the {path.name} of before is intact" if path.is_file() else ""
+            advice = ", then continue with --ckpt_path last" if kept else ""
             raise ConfigError(
-                f"cannot save {path}: {error.strerror or error} ({len(content.getbuffer()) / 2**20:.1f} MiB are needed)"
-                f"{kept}. Make room, then continue with --ckpt_path last"
+                f"cannot save {path}: {error.strerror or error} ({content.tell() / 2**20:.1f} MiB are needed)"
+                f"{kept}. Make room or give the right to write there{advice}"
             ) from error
+        finally:
+            # Still there only if something went wrong, a second Ctrl-C included.
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
@@ -59,11 +64,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _sync_folder(folder: Path) -> None:
-    """Force a folder's new names to the disk, where the system can."""
+    """Force a folder's new names to the disk, where the system can; the file itself is there already."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffrl.data
@@ -24,19 +24,21 @@ import lit_diffrl.methods  # noqa: F401  their classes are known by short names 
 from lit_diffrl import runs
 from lit_diffrl.arguments import last_option, options, read_config
 from lit_diffrl.checkpoint_io import AtomicCheckpointIO
-from lit_diffrl.errors import ConfigError, DataError
+from lit_diffrl.errors import ConfigError, DataError, causes
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Method
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.rollout.callback import RolloutEvaluation
 from lit_diffrl.rollout.checkpoints import BestCheckpoint, LastCheckpoint
-from lit_diffrl.run_callbacks import ConfiguredOptimizers, RunProgressBar, SaveRunConfig
+from lit_diffrl.run_callbacks import ConfiguredOptimizers, NoProfiler, RunProgressBar, SaveRunConfig
 from lit_diffrl.stopping import StopAfterUpdate
 from lit_diffrl.typos import Names, find_class, shorten
 
-# Batches are indexed from memory; a resumed run's folder is not empty, a branched run's is another; curves count
-# updates across epochs; averaged and target networks stay in eval mode; the last is between Lightning and torch.
+# Batches are indexed from memory, by their place in the run; a resumed run's folder is not empty, a branched run's is
+# another; curves count updates across epochs; averaged and target networks stay in eval mode; the last is between
+# Lightning and torch.
 EXPECTED_WARNINGS = (
     "does not have many workers",
+    "your dataloader is not resumable",
     "exists and is not empty",
     "dirpath has changed",
     "smaller than the logging interval",
@@ -57,7 +59,7 @@ class DiffRLCLI(LightningCLI):
     folder: Path
     epochs_done: int = 0
     updates_done: int = 0
-    batches_done: int | None = None
+    batches_done: int = 0
 
     def __init__(self, args: list[str]) -> None:
         super().__init__(
@@ -80,7 +82,7 @@ class DiffRLCLI(LightningCLI):
                 "inference_mode": False,
                 # The data module draws each rank's own batches.
                 "use_distributed_sampler": False,
-                "log_every_n_steps": 20,
+                "log_every_n_steps": 50,
             },
             args=args,
         )
@@ -184,7 +186,11 @@ class DiffRLCLI(LightningCLI):
             )
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        config["callbacks"] = [*given, *self._own_callbacks(config, given)]
+        # The first: what others do when an update begins has then not been done when the run is stopped before it.
+        keeps = config["enable_checkpointing"] is not False and not config["fast_dev_run"]
+        self.stop = StopAfterUpdate(self.folder / "checkpoints" / "last.ckpt" if keeps else None)
+        config["callbacks"] = [self.stop, *given, *self._own_callbacks(config, given)]
+        config["profiler"] = config["profiler"] or NoProfiler()
         plugins = config["plugins"] or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         try:
@@ -193,9 +199,7 @@ class DiffRLCLI(LightningCLI):
             raise ConfigError(f"--trainer: {error}") from error
 
     def _own_callbacks(self, config: Any, given: list[Callback]) -> list[Callback]:
-        keeps = config["enable_checkpointing"] is not False and not config["fast_dev_run"]
-        self.stop = StopAfterUpdate(self.folder / "checkpoints" / "last.ckpt" if keeps else None)
-        callbacks: list[Callback] = [ConfiguredOptimizers(), self.stop] if self.subcommand == "fit" else []
+        callbacks: list[Callback] = [ConfiguredOptimizers()] if self.subcommand == "fit" else []
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks.append(RunProgressBar())
         if config["enable_checkpointing"] is not False:
@@ -209,12 +213,20 @@ class DiffRLCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except MisconfigurationException as error:
-            raise ConfigError(f"--trainer: {error}") from error
-        except SystemExit:
+        except SystemExit as stop:
             # Both ways to stop end like this: ours after an update, and the Trainer's at a second Ctrl-C.
             self.stopped()
-            sys.exit(128 + (self.stop.received or signal.SIGINT))
+            number = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+            # The Trainer kills the first process when another one does not end with 0.
+            sys.exit(128 + (self.stop.received or number) if first_process() else 0)
+        except BaseException as error:
+            launcher: Any = self.trainer.strategy.launcher
+            if hasattr(launcher, "kill"):
+                launcher.kill(signal.SIGKILL)  # the other processes would wait for this one
+            if isinstance(error, MisconfigurationException):
+                raise ConfigError(f"--trainer: {error}") from error
+            runs.refuse_unwritable(error, self.folder)
+            raise
 
     def before_fit(self) -> None:
         """Say what is about to happen."""
@@ -299,8 +311,8 @@ def refuse_other_seed(checkpoint: Path, saved: int, current: Any, fit: bool) -> 
     """
     if fit and int(current) != saved:
         raise ConfigError(
-            f"--ckpt_path {checkpoint} continues a run with --seed_everything {saved}, got {current}; leave it out, or "
-            "branch off into a run of another name: --run NAME and the checkpoint's file"
+            f"--ckpt_path {checkpoint} continues a run of seed {saved}, got {current}: give --seed_everything {saved}, "
+            "or branch off into a run of another name: --run NAME and the checkpoint's file"
         )
 
 
@@ -329,10 +341,7 @@ def run(args: list[str]) -> int:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except ValueError as error:
             # The parser wraps whatever a constructor raises in a report of its own.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, ConfigError | DataError):
-                cause = cause.__cause__ or cause.__context__
-            raise (cause or error) from error
+            raise next((c for c in causes(error) if isinstance(c, ConfigError | DataError)), error) from error
     return 0
 
 

@@ -6,7 +6,7 @@ They are no ValueErrors on purpose: argument parsers take those for a value of t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class DataError(Exception):
@@ -15,6 +15,14 @@ class DataError(Exception):
 
 class ConfigError(Exception):
     """An option, name or checkpoint that does not fit: the message names it, its value and what is accepted."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 3) -> str:

@@ -6,14 +6,18 @@ A run lives in ``<logs>/<method>/<dataset>/<run>/``: event files, ``config.yaml`
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from lit_diffrl.errors import ConfigError, nearest
+from lit_diffrl.errors import ConfigError, causes, nearest
 
 ALIASES = ("last", "best")
+# Of a full disk, a used-up quota or file size, and a folder that is another's or is mounted to be read.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def dataset_slug(dataset: str | Sequence[str]) -> str:
@@ -111,3 +115,32 @@ def find_checkpoint(value: str, logs: Path, pattern: str) -> Path:
 
 def _newest(logs: Path, n: int = 3) -> list[Path]:
     return sorted(logs.glob("*/*/*/checkpoints/*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)[:n]
+
+
+def refuse_unwritable(error: BaseException, folder: Path) -> None:
+    """Say so in one line when an error comes from a full disk or a run folder that may not be written to.
+
+    Args:
+        error: What ended the run: often only a consequence, met while closing.
+        folder: The run folder.
+
+    Raises:
+        ConfigError: The one that was raised for this, or one that names the file or the folder.
+    """
+    chain = list(causes(error))
+    refused = [c for c in chain if isinstance(c, OSError) and c.errno in UNWRITABLE]
+    if not any(_concerns(c.filename, folder.absolute()) for c in refused):
+        return
+    for cause in chain:
+        if isinstance(cause, ConfigError):
+            raise cause
+    raise ConfigError(
+        f"cannot write {refused[0].filename or f'into {folder}'}: {refused[0].strerror}. Make room or give the right "
+        "to write there, then continue with --ckpt_path last"
+    ) from error
+
+
+def _concerns(file: str | bytes | None, folder: Path) -> bool:
+    """Whether a file is in a folder, or is a folder above it; what failed on an open file does not know its name."""
+    path = folder if file is None else Path(os.fsdecode(file)).absolute()
+    return path.is_relative_to(folder) or folder.is_relative_to(path)

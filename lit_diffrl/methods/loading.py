@@ -26,9 +26,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for torn, foreign and unsafe files
         reason = str(error).partition("\n")[0] or "it ends too early"
+        others = sorted(str(p) for p in path.parent.glob("*.ckpt") if p.name != path.name)
+        advice = f"there is also {others[0]}" if others else "there is no other one beside it: train again"
         raise ConfigError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); it may be "
-            "torn or hold more than tensors and plain values: use another checkpoint of the run"
+            f"torn or hold more than tensors and plain values; {advice}"
         ) from error
     own = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(own, dict) or not {"method", "spec"} <= own.keys() or "state_dict" not in checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -47,6 +48,21 @@ class BestCheckpoint(ModelCheckpoint):
         """Save if this evaluation is the best so far."""
         if not self._waits(trainer):
             super().on_validation_end(trainer, pl_module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Carry on with the best evaluation so far, if its checkpoint is here.
+
+        Lightning's own class goes by the path of that file and forgets it when the run's folder has been moved. A run
+        that branches off has none yet and begins anew.
+        """
+        assert self.dirpath is not None
+        path = str(Path(self.dirpath, f"{self.filename}{self.FILE_EXTENSION}"))
+        score = state_dict["best_model_score"]
+        if score is None or not Path(path).is_file():
+            return
+        self.best_model_path = self.kth_best_model_path = path
+        self.best_model_score = self.kth_value = self.current_score = score
+        self.best_k_models = {path: score}
 
 
 class LastCheckpoint(ModelCheckpoint):
