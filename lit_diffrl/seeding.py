@@ -58,50 +58,44 @@ class Place:
     rank: int = 0
     world_size: int = 1
 
-    def seed(self, *purpose: int) -> int:
-        """Seed of this update for one of several purposes, the same in all processes."""
-        return mix_seed(global_seed(), self.epoch, self.index, *purpose)
+    def seed(self) -> int:
+        """Seed of this update, the same in all processes."""
+        return mix_seed(global_seed(), self.epoch, self.index)
 
-    def generator(self, *purpose: int) -> torch.Generator:
-        """Generator on the CPU with that seed."""
-        return torch.Generator().manual_seed(self.seed(*purpose))
-
-    def randint(self, high: int, shape: tuple[int, ...], *purpose: int) -> Tensor:
-        """Integers in ``[0, high)`` of ``shape``: this process's columns of those drawn for all."""
-        *rows, size = shape
-        whole = torch.randint(high, (*rows, self.world_size * size), generator=self.generator(*purpose))
-        return whole[..., self.rank * size : (self.rank + 1) * size]
+    def share(self, size: int) -> slice:
+        """This process's rows of ``size`` that are drawn for all."""
+        own = size // self.world_size
+        return slice(self.rank * own, (self.rank + 1) * own)
 
 
 class Draws:
     """The noise of an update, drawn for all processes' rows, of which each takes its own.
 
-    Args:
-        place: The update; None draws from torch's global generator, as outside of a run.
-        device: Where the numbers are drawn.
+    Outside of a run it comes from torch's global generator.
     """
 
-    def __init__(self, place: Place | None = None, device: torch.device | None = None) -> None:
-        self.place = place or Place(0, 0)
-        self._generator = None
-        if place is not None:
-            self._generator = torch.Generator(device or "cpu").manual_seed(place.seed(3))
+    def __init__(self) -> None:
+        self.place = Place(0, 0)
+        self._generator: torch.Generator | None = None
+
+    def begin(self, place: Place, device: torch.device) -> None:
+        """Seed the noise of an update, and every other generator with seeds of their own."""
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device)
+        seed = place.seed()
+        self.place = place
+        self._generator.manual_seed(seed)
+        seed_generators(seed + 1 + place.rank, device)
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal numbers like ``x``, whose first dimension is the batch."""
-        return self._own(torch.randn((self._whole(len(x)), *x.shape[1:]), **self._options(x)))
+        size = len(x) * self.place.world_size
+        return torch.randn((size, *x.shape[1:]), dtype=x.dtype, **self._where(x))[self.place.share(size)]
 
     def randint(self, low: int, high: int, like: Tensor) -> Tensor:
         """Integers ``(B,)`` in ``[low, high)``, one for each row of ``like``."""
-        options = {**self._options(like), "dtype": torch.int64}
-        return self._own(torch.randint(low, high, (self._whole(len(like)),), **options))
+        size = len(like) * self.place.world_size
+        return torch.randint(low, high, (size,), **self._where(like))[self.place.share(size)]
 
-    def _whole(self, rows: int) -> int:
-        return rows * self.place.world_size
-
-    def _own(self, whole: Tensor) -> Tensor:
-        rows = len(whole) // self.place.world_size
-        return whole[self.place.rank * rows : (self.place.rank + 1) * rows]
-
-    def _options(self, x: Tensor) -> dict[str, Any]:
-        return {"generator": self._generator, "dtype": x.dtype, "device": x.device}
+    def _where(self, x: Tensor) -> dict[str, Any]:
+        return {"generator": self._generator, "device": x.device}

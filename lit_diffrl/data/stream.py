@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Trainer
 
-from lit_diffrl.seeding import Place
+from lit_diffrl.seeding import Place, global_seed
 
 
 class Drawing(Protocol):
@@ -22,6 +23,34 @@ class Drawing(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Keep the data on the device where batches are wanted."""
+
+
+class Blocks:
+    """Indices drawn for many updates at once: what an update costs is then a look-up.
+
+    Args:
+        size: Updates of a block.
+    """
+
+    def __init__(self, size: int = 64) -> None:
+        self.size = size
+        self._key: tuple[Any, ...] = ()
+        self._rows: list[Any] = []
+
+    def row(self, phase: Any, place: Place, draw: Callable[[Any, Place, torch.Generator], list[Any]]) -> Any:
+        """What ``draw`` has for an update.
+
+        Args:
+            phase: What the update belongs to.
+            place: The update.
+            draw: ``(phase, place, generator) -> rows``, one for each update of the block.
+        """
+        block, index = divmod(place.index, self.size)
+        key = (phase, replace(place, index=block), global_seed())
+        if self._key != key:
+            generator = torch.Generator().manual_seed(replace(place, index=block).seed())
+            self._key, self._rows = key, draw(phase, place, generator)
+        return self._rows[index]
 
 
 class BatchStream:

@@ -22,7 +22,7 @@ from lit_diffrl.data.normalizers import fit_normalizer
 from lit_diffrl.data.segments import discounted_returns, goal_departures, window_starts
 from lit_diffrl.data.sources import SourceInfo, load_source, prepare_source
 from lit_diffrl.data.spec import DatasetSpec
-from lit_diffrl.data.stream import BatchStream
+from lit_diffrl.data.stream import BatchStream, Blocks
 from lit_diffrl.errors import ConfigError, DataError, check_choice, check_range
 from lit_diffrl.seeding import Place, global_seed, mix_seed
 
@@ -124,6 +124,7 @@ class WindowData(LightningDataModule):
         self.dataset, self.stride, self.batch_size = dataset, stride, batch_size
         self.transition_batch_size, self.updates_per_epoch = transition_batch_size, updates_per_epoch
         self.episodes: Episodes | None = None
+        self.blocks = Blocks()
 
     # ---------------------------------------------------------------- loading
 
@@ -227,6 +228,9 @@ class WindowData(LightningDataModule):
         order = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))]
         held = max(1, int(len(usable) * self.hparams["holdout"]))
         self.held_out, self.usable = order[:held], order[held:]
+        # One row for each transition: a draw then reads one place in memory for each, not four.
+        after = self.obs[(steps + self.stride).clamp_max(len(steps) - 1)]
+        self.table = torch.cat([self.obs, self.action, self.reward[:, None], after], dim=1)
         self.bootstraps: dict[int, Tensor] = {}
 
     def _describe(self, info: SourceInfo) -> None:
@@ -266,9 +270,7 @@ class WindowData(LightningDataModule):
         rows = torch.minimum(rows, end - 1)
         trajectory = torch.cat([self.action[rows], self.obs[rows]], dim=-1)
         trajectory = torch.where(mask[..., None], trajectory, self.padding)
-        return WindowBatch(
-            trajectory, mask, self.reward[rows] * mask, self.returns[start], self.episode_returns[start]
-        )
+        return WindowBatch(trajectory, mask, self.reward[rows] * mask, self.returns[start], self.episode_returns[start])
 
     def draw(self, phase: Any, place: Place) -> WindowBatch | TransitionBatch:
         """The batch of an update in a phase."""
@@ -279,19 +281,27 @@ class WindowData(LightningDataModule):
         """Steps that this process's batch of an update begins at; uniform, with replacement.
 
         Transitions: ``(members, B)``. Windows: ``(B,)``, and their horizon, which is the same in all processes.
-
-        A member of an ensemble draws from its own bootstrap of the training transitions.
         """
+        found: tuple[Tensor] | tuple[Tensor, int] = self.blocks.row(phase, place, self._draw_block)
+        return found
+
+    def _draw_block(self, phase: Any, place: Place, generator: torch.Generator) -> list[Any]:
+        """Indices of a block of updates, for all processes, as :meth:`indices` gives each."""
+        n, mine = self.blocks.size, place.share
         if phase.batch == "transitions":
-            position = place.randint(len(self.usable), (phase.members, self.transition_batch_size), 2)
+            width = place.world_size * self.transition_batch_size
+            position = torch.randint(len(self.usable), (phase.members, n * width), generator=generator)
             chosen = self._bootstrap(phase.members).gather(1, position.to(self.usable.device))
-            return (self.usable[chosen.long()],)
-        one = torch.randint(len(self.horizons), (), generator=place.generator(0))
-        horizon = self.horizons[int(one)]
-        starts = self.starts[horizon]
-        return starts[place.randint(len(starts), (self.batch_size,), 1).to(starts.device)], horizon
+            own = self.usable[chosen.long()].view(phase.members, n, width)
+            return [(rows[:, mine(width)],) for rows in own.unbind(1)]
+        width = place.world_size * self.batch_size
+        horizons = [self.horizons[i] for i in torch.randint(len(self.horizons), (n,), generator=generator).tolist()]
+        drawn = torch.rand((n, width), generator=generator, dtype=torch.float64)[:, mine(width)]
+        starts = [self.starts[horizon] for horizon in horizons]
+        return [(start[(u * len(start)).long().to(start.device)], h) for start, u, h in zip(starts, drawn, horizons)]
 
     def _bootstrap(self, members: int) -> Tensor:
+        """Each member's own sample of the training transitions, ``(members, n)`` positions in them."""
         if members not in self.bootstraps:
             fixed = torch.Generator().manual_seed(mix_seed(global_seed(), members))
             n = len(self.usable)
@@ -304,19 +314,16 @@ class WindowData(LightningDataModule):
         if self.obs.device == device:
             return
         steps = ("obs", "action", "reward", "returns", "episode_returns", "step_end")
-        for name in (*steps, "padding", "usable", "held_out"):
+        for name in (*steps, "table", "padding", "usable", "held_out"):
             setattr(self, name, getattr(self, name).to(device))
         self.starts = {horizon: start.to(device) for horizon, start in self.starts.items()}
         self.bootstraps = {members: index.to(device) for members, index in self.bootstraps.items()}
 
     def transitions(self, start: Tensor) -> TransitionBatch:
         """Transitions from the steps ``start`` ``(M, B)`` to ``stride`` steps later."""
-        return TransitionBatch(
-            obs=self.obs[start],
-            action=self.action[start],
-            reward=self.reward[start],
-            next_obs=self.obs[start + self.stride],
-        )
+        rows = self.table.index_select(0, start.flatten()).view(*start.shape, -1)
+        obs, action, reward, next_obs = rows.split([self.spec.obs_dim, self.spec.action_dim, 1, self.spec.obs_dim], -1)
+        return TransitionBatch(obs, action, reward.squeeze(-1), next_obs)
 
     def train_dataloader(self) -> BatchStream:
         """Batches of the current phase's kind, ``updates_per_epoch`` to an epoch."""

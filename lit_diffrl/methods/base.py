@@ -24,7 +24,7 @@ from lit_diffrl.methods.agreement import (
     refuse_other_shapes,
 )
 from lit_diffrl.methods.guard import Guard
-from lit_diffrl.seeding import Draws, Place, global_seed, mix_seed, seed_generators
+from lit_diffrl.seeding import Draws, Place, global_seed
 
 CHECKPOINT_KEY = "lit_diffrl"
 Options = TypeVar("Options")
@@ -132,8 +132,7 @@ class Method(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Give this update its randomness: ``self.draws``, and every other generator a seed of its own."""
         place = Place(self.current_epoch, batch_idx, self.global_rank, self.trainer.world_size)
-        self.draws = Draws(place, self.device)
-        seed_generators(mix_seed(place.seed(), place.rank), self.device)
+        self.draws.begin(place, self.device)
         if self._clock is None or batch_idx == 0:
             self._clock = (time.perf_counter(), batch_idx)
 
