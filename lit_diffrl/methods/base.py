@@ -145,6 +145,14 @@ class Method(LightningModule):
         begun, first = self._clock
         self.log("time/updates_per_s", (batch_idx + 1 - first) / (time.perf_counter() - begun))
 
+    def on_validation_start(self) -> None:
+        """Make sure of the last update before the agent acts."""
+        self._guard.settle(self)
+
+    def on_train_end(self) -> None:
+        """Make sure of the last update."""
+        self._guard.settle(self)
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Held-out losses; a method without any has its rollouts alone."""
 
@@ -171,7 +179,8 @@ class Method(LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
         if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            # Gradients without a finite norm stay as they are: the guard has yet to describe them.
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(nan=0.0, posinf=0.0))
         return norm
 
     def guard(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor], batch: Any) -> None:
@@ -186,9 +195,12 @@ class Method(LightningModule):
             ConfigError: With method, phase, update and every number; the rest is in the run folder's
                 ``not_finite.json``.
         """
-        # 16-mixed meets infinite gradients by design: its scaler skips the step and lowers the scale.
-        scaled = self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self._guard.check(self, losses if scaled else {**losses, **norms}, batch, self.draws.place)
+        scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            # 16-mixed meets infinite gradients by design: its scaler skips the step and halves its scale, in vain when
+            # they are infinite at any scale.
+            norms = {"1 / loss scale": scaler._scale.double().reciprocal()}
+        self._guard.check(self, {**losses, **norms}, batch, self.draws.place)
 
     def diagnose(self, batch: Any) -> dict[str, float]:
         """What else tells why an update of this batch failed, e.g. ``{"max |Q|": 1e9}``; called when one has."""
@@ -216,7 +228,7 @@ class Method(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the spec and the class, in plain types, so that the file alone can act."""
         assert self.spec is not None
-        self._guard.flush(self)
+        self._guard.check_weights(self)
         checkpoint[CHECKPOINT_KEY] = {
             "method": f"{type(self).__module__}.{type(self).__qualname__}",
             "spec": self.spec.to_dict(),
