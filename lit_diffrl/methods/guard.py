@@ -71,9 +71,11 @@ class Guard:
         """
         dtype = torch.promote_types(next(iter(values.values())).dtype, torch.float32)
         stacked = torch.stack([v.detach().to(dtype) for v in values.values()])
-        gathered = method.all_gather(stacked) if place.world_size > 1 else stacked[None]
-        assert isinstance(gathered, Tensor)
-        on_host, arrived = send_to_host(gathered)
+        parts = [stacked]
+        if place.world_size > 1:
+            parts = [torch.empty_like(stacked) for _ in range(place.world_size)]
+            torch.distributed.all_gather(parts, stacked)
+        on_host, arrived = send_to_host(torch.stack(parts))
         earlier, self._pending = self._pending, Checked(place, method.phase, batch, list(values), on_host, arrived)
         if earlier is not None:
             self._judge(method, earlier, late=True)
