@@ -88,9 +88,10 @@ class Draws:
         seed_generators(seed + 1 + place.rank, device)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal numbers like ``x``, whose first dimension is the batch."""
+        """Standard normal numbers like ``x``, whose first dimension is the batch; the same in every precision."""
         size = len(x) * self.place.world_size
-        return torch.randn((size, *x.shape[1:]), dtype=x.dtype, **self._where(x))[self.place.share(size)]
+        whole = torch.randn((size, *x.shape[1:]), dtype=torch.float32, **self._where(x))
+        return whole[self.place.share(size)].to(x.dtype)
 
     def randint(self, low: int, high: int, like: Tensor) -> Tensor:
         """Integers ``(B,)`` in ``[low, high)``, one for each row of ``like``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
@@ -15,8 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import yaml
-from lightning.pytorch import LightningDataModule
+from short_runs import CONFIGS, ROOT, UPDATES, Config
 
 from lit_diffrl.__main__ import main
 from lit_diffrl.data import WindowData
@@ -25,16 +23,7 @@ from lit_diffrl.methods import DMEMM, Method, guard
 from lit_diffrl.methods.base import Phase
 from lit_diffrl.methods.guard import Guard
 from lit_diffrl.seeding import Place
-from lit_diffrl.typos import find_class, parameters
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "conf").glob("*.yaml"))
-UPDATES = 3
-SMALL = (
-    f"--data.updates_per_epoch={UPDATES} --rollout.every_n_epochs=100 --rollout.episodes=1 --rollout.num_envs=1 "
-    "--rollout.max_steps=2 --rollout.pictures=false --trainer.accelerator=cpu --trainer.enable_model_summary=false "
-    "--trainer.log_every_n_steps=1"
-).split()
 NAN, INF = float("nan"), float("inf")
 
 
@@ -45,41 +34,6 @@ def folder(mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.delenv("LIT_DIFFRL_TRACEBACK", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-class Config:
-    """A config of conf/, with every phase that it has cut to two epochs and its networks to a few units."""
-
-    def __init__(self, path: Path) -> None:
-        content = yaml.safe_load(path.read_text())
-        self.method = find_class("model", content["model"]["class_path"], Method)
-        data = find_class("data", content["data"]["class_path"], LightningDataModule)
-        given = content["model"]["init_args"]
-        self.options = ["--config", str(path), *SMALL]
-        self.phases: list[str] = []
-        for name, value in self._arguments(self.method):
-            if name.endswith("_epochs") and given.get(name, value):
-                self.options.append(f"--model.{name}=2")
-            elif name == "dim":
-                self.options.append("--model.dim=8")
-            elif name == "sampler":
-                self.options.append("--model.sampler.steps=2")
-        self.options += [f"--data.{n}=2" for n, _ in self._arguments(data) if n.endswith("batch_size")]
-
-    @staticmethod
-    def _arguments(cls: type) -> Iterator[tuple[str, Any]]:
-        for parent in cls.__mro__:
-            init = parent.__dict__.get("__init__")
-            if init is not None and parent.__module__.startswith("lit_diffrl."):
-                yield from ((n, p.default) for n, p in inspect.signature(init).parameters.items() if n != "self")
-
-    def rates(self, lr: float) -> list[str]:
-        """Options that set every learning rate."""
-        found = []
-        for name, kind in parameters(self.method).items():
-            nested = [f"{name}.{field}" for field in getattr(kind, "__dataclass_fields__", {})]
-            found += [n for n in (name, *nested) if n.rpartition(".")[2].endswith("lr")]
-        return [f"--model.{name}={lr}" for name in found]
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
@@ -385,13 +339,13 @@ def test_the_advice_names_the_options_that_there_are() -> None:
 def test_a_loss_scale_that_falls_to_nothing_is_seen() -> None:
     """Under 16-mixed infinite gradients are skipped over; those that are infinite at any scale would be for ever."""
     method = DMEMM(world_model_epochs=1)
-    scaler = SimpleNamespace(_scale=torch.tensor(2.0**-10))
+    scaler = SimpleNamespace(scale=lambda x: x * 2.0**-10)
     method._trainer = SimpleNamespace(  # type: ignore[assignment]
         precision_plugin=SimpleNamespace(scaler=scaler), current_epoch=0, log_dir=".", datamodule=None,
         strategy=SimpleNamespace(barrier=lambda name: None),
     )  # fmt: skip
     losses, norms = {"loss/a": torch.tensor(1.0)}, {"grad_norm/a": torch.tensor(INF)}
     method.guard(losses, norms, torch.ones(1))
-    scaler._scale = torch.tensor(0.0)
+    scaler.scale = torch.zeros_like
     with pytest.raises(ConfigError, match="1 / loss scale is not finite"):
         method.guard(losses, norms, torch.ones(1))

@@ -110,6 +110,7 @@ def backward_two_pass(
     generator: torch.Generator | None = None,
     x0_hat_k: Tensor | None = None,
     given: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Backpropagate a loss on a chain estimate while only one chunk of activations is alive.
 
@@ -134,6 +135,8 @@ def backward_two_pass(
         generator: Source of randomness for sampled terms and ``chain_bridge``.
         x0_hat_k: The prediction at step k with its graph, where it is known already.
         given: Boolean mask of entries fed to the network clean.
+        scale: Factor of the loss in its own backward pass, for a ``loss_fn`` with networks in float16: small gradients
+            would vanish there. The result does not have it.
 
     Returns:
         A scalar with the value of the loss. Its own gradient is the share that flows through ``x0_hat_k``,
@@ -155,7 +158,9 @@ def backward_two_pass(
             total = total.index_add(0, part.owner, chain.terms(part, predict(chain.inputs(part), part.step)))
     total.requires_grad_()
     loss = loss_fn(total)
-    (gradient,) = torch.autograd.grad(loss, total)
+    (gradient,) = torch.autograd.grad(loss if scale is None else loss * scale, total)
+    if scale is not None:
+        gradient = gradient / scale
 
     if compute == "two_pass_mc":
         rows = chain.drawn_rows(m, generator)

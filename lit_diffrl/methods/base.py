@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError
@@ -24,6 +25,7 @@ from lit_diffrl.methods.agreement import (
     refuse_other_shapes,
 )
 from lit_diffrl.methods.guard import Guard
+from lit_diffrl.precision import check_precision
 from lit_diffrl.seeding import Draws, Place, global_seed
 
 CHECKPOINT_KEY = "lit_diffrl"
@@ -122,12 +124,22 @@ class Method(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Build the networks from the data module's spec, or check that a built method fits it."""
+        check_precision(self.trainer.precision)
         spec: DatasetSpec = self.trainer.datamodule.spec  # type: ignore[attr-defined]
         if self.spec is None:
             self.build(spec)
         else:
             refuse_other_data(self.spec, spec)
             self.spec = spec
+
+    def on_fit_start(self) -> None:
+        """Refuse processes that would end at their second update: each phase trains some of the networks only."""
+        wrapped = self.trainer.model
+        if isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters:
+            raise ConfigError(
+                "--trainer.strategy must look for networks that a phase does not train (find_unused_parameters); add "
+                "--config conf/trainer/ddp.yaml, or --trainer.strategy ddp_find_unused_parameters_true"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Give this update its randomness: ``self.draws``, and every other generator a seed of its own."""
@@ -161,10 +173,18 @@ class Method(LightningModule):
 
     # ---------------------------------------------------------------- one update
 
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """What 16-mixed multiplies losses by before their backward pass; None in other precisions."""
+        scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.device))
+
     def clip_gradients_of(self, optimizer: LightningOptimizer, limit: float | None = None) -> Tensor:
         """Measure the norm of an optimizer's gradients, and shorten them to ``limit``.
 
-        Under 16-mixed the gradients are first divided by the loss scale, which the norm and the limit know nothing of.
+        Norm and limit know nothing of the loss scale of 16-mixed, which the gradients keep until the optimizer's step
+        divides them by it. The step may also change it: with several optimizers, call backward, this and step for one
+        after the other.
 
         Args:
             optimizer: Whose parameters' gradients.
@@ -173,11 +193,11 @@ class Method(LightningModule):
         Returns:
             The norm before clipping, a scalar.
         """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            scaler.unscale_(optimizer.optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        scale = self.loss_scale
+        if scale is not None:
+            norm = norm / scale
         if limit is not None:
             # Gradients without a finite norm stay as they are: the guard has yet to describe them.
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(nan=0.0, posinf=0.0))
@@ -195,12 +215,17 @@ class Method(LightningModule):
             ConfigError: With method, phase, update and every number; the rest is in the run folder's
                 ``not_finite.json``.
         """
-        scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
+        scale = self.loss_scale
+        if scale is not None:
             # 16-mixed meets infinite gradients by design: its scaler skips the step and halves its scale, in vain when
             # they are infinite at any scale.
-            norms = {"1 / loss scale": scaler._scale.double().reciprocal()}
+            norms = {"1 / loss scale": scale.double().reciprocal()}
         self._guard.check(self, {**losses, **norms}, batch, self.draws.place)
+
+    def mean_of_all(self, x: Tensor) -> Tensor:
+        """Mean over the rows of all processes, without gradient: what a batch is normalised by is the whole batch's."""
+        mean = x.detach().mean()
+        return mean if self._trainer is None else self.trainer.strategy.reduce(mean, reduce_op="mean")  # type: ignore[return-value]
 
     def diagnose(self, batch: Any) -> dict[str, float]:
         """What else tells why an update of this batch failed, e.g. ``{"max |Q|": 1e9}``; called when one has."""
@@ -287,8 +312,9 @@ class Method(LightningModule):
         Drawn on the CPU, so that an episode's noise depends neither on the device nor on its neighbours.
         """
         self._ensure_generators(max(rows) + 1)
-        noise = torch.stack([torch.randn(tuple(shape), generator=self._generators[r]) for r in rows])
-        return self.to_own(noise)
+        size = tuple(shape)
+        noise = [torch.randn(size, generator=self._generators[r], dtype=torch.float32) for r in rows]
+        return self.to_own(torch.stack(noise))
 
     def act(self, obs: Any, active: Sequence[bool] | np.ndarray | None = None) -> Any:
         """Choose actions.

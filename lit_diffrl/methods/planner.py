@@ -111,7 +111,8 @@ class Planner(WorldModelPhase):
 
     def estimate_x0(self, net: torch.nn.Module, x_k: Tensor, k: Tensor) -> Tensor:
         """Clean prediction of a network of either parameterisation (the index fed is j = k - 1)."""
-        out = net(x_k, k - 1)
+        # Losses and densities are computed from it: in the type of x_k, whatever the network's own under autocast.
+        out = net(x_k, k - 1).to(x_k.dtype)
         return out if self.predict == "x0" else self.schedule.x0_from_eps(x_k, k, out)
 
     def sample_plans(self, conditions: Conditions, noise: Tensor, draw: Any = torch.randn_like) -> Tensor:

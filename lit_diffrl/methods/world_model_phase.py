@@ -64,6 +64,7 @@ class WorldModelPhase(Method):
 
     def on_fit_start(self) -> None:
         """Refuse a run whose world model would never be validated: its best weights could not be told."""
+        super().on_fit_start()
         epochs, every = self.epochs["world_model"], self.trainer.check_val_every_n_epoch or 1
         if epochs and (self.trainer.limit_val_batches == 0 or every > epochs):
             raise ConfigError(
@@ -100,4 +101,5 @@ class WorldModelPhase(Method):
         if fitting and self.phase.name == "world_model":
             reward = batch.reward[0] / self.reward_scale
             logs = self.world_model.validate(batch.obs[0], batch.action[0], batch.next_obs[0], reward)
-            self.log_dict({f"val/{k}": v for k, v in logs.items()})
+            # All processes have the same numbers; sync_dist leaves them and keeps Lightning from warning.
+            self.log_dict({f"val/{k}": v for k, v in logs.items()}, sync_dist=self.trainer.world_size > 1)
