@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(beside, path)
         except OSError as error:
             kept = f"; the {path.name} of before is intact" if path.is_file() else ""
-            advice = ", then continue with --ckpt_path last" if kept else ""
+            advice = ", then continue with --ckpt_path last" if path.with_name("last.ckpt").is_file() else ""
             raise ConfigError(
                 f"cannot save {path}: {error.strerror or error} ({content.tell() / 2**20:.1f} MiB are needed)"
                 f"{kept}. Make room or give the right to write there{advice}"

@@ -16,8 +16,12 @@ from pathlib import Path
 from lit_diffrl.errors import ConfigError, causes, nearest
 
 ALIASES = ("last", "best")
-# Of a full disk, a used-up quota or file size, and a folder that is another's or is mounted to be read.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# Of a full disk, a used-up quota or file size; a folder of another user or mounted to be read; a file in its place.
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST),
+)
 
 
 def dataset_slug(dataset: str | Sequence[str]) -> str:
@@ -129,18 +133,19 @@ def refuse_unwritable(error: BaseException, folder: Path) -> None:
     """
     chain = list(causes(error))
     refused = [c for c in chain if isinstance(c, OSError) and c.errno in UNWRITABLE]
-    if not any(_concerns(c.filename, folder.absolute()) for c in refused):
+    # What fails on a file that is open already does not know its name.
+    files = [folder if c.filename is None else Path(os.fsdecode(c.filename)) for c in refused]
+    if not any(_concerns(file.absolute(), folder.absolute()) for file in files):
         return
     for cause in chain:
         if isinstance(cause, ConfigError):
             raise cause
+    goes_on = "continue with --ckpt_path last" if (folder / "checkpoints/last.ckpt").is_file() else "start again"
     raise ConfigError(
-        f"cannot write {refused[0].filename or f'into {folder}'}: {refused[0].strerror}. Make room or give the right "
-        "to write there, then continue with --ckpt_path last"
+        f"cannot write to {files[0]}: {refused[0].strerror}. Make room or give the right to write there, then {goes_on}"
     ) from error
 
 
-def _concerns(file: str | bytes | None, folder: Path) -> bool:
-    """Whether a file is in a folder, or is a folder above it; what failed on an open file does not know its name."""
-    path = folder if file is None else Path(os.fsdecode(file)).absolute()
-    return path.is_relative_to(folder) or folder.is_relative_to(path)
+def _concerns(file: Path, folder: Path) -> bool:
+    """Whether a file is in a folder, or is one of the folders above it."""
+    return file.is_relative_to(folder) or folder.is_relative_to(file)

@@ -128,7 +128,7 @@ class StopAfterUpdate(Callback):
         progress.current.ready -= 1
         progress.total.ready -= 1
         progress.is_last_batch = False
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
 
 
 def requeue(job: str) -> None:
