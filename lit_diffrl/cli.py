@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +30,18 @@ from lit_diffrl.checkpoint_io import AtomicCheckpointIO
 from lit_diffrl.errors import ConfigError, DataError, causes
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Method
 from lit_diffrl.methods.loading import read_checkpoint
+from lit_diffrl.precision import check_precision
+from lit_diffrl.processes import end_others
 from lit_diffrl.rollout.callback import RolloutEvaluation
 from lit_diffrl.rollout.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_diffrl.run_callbacks import ConfiguredOptimizers, NoProfiler, RunProgressBar, SaveRunConfig
 from lit_diffrl.stopping import StopAfterUpdate
+from lit_diffrl.trainer_options import check_seed, check_trainer_options
 from lit_diffrl.typos import Names, find_class, shorten
 
 # Batches are indexed from memory, by their place in the run; a resumed run's folder is not empty, a branched run's is
-# another; curves count updates across epochs; averaged and target networks stay in eval mode; the last is between
-# Lightning and torch.
+# another; curves count updates across epochs; averaged and target networks stay in eval mode; the last two are
+# between Lightning and torch, whose older versions know no other name for that option.
 EXPECTED_WARNINGS = (
     "does not have many workers",
     "your dataloader is not resumable",
@@ -44,6 +50,7 @@ EXPECTED_WARNINGS = (
     "smaller than the logging interval",
     r"module\(s\) in eval mode at the start of training",
     "LeafSpec",
+    "`broadcast_buffers` is deprecated",
 )
 BASES: dict[str, type] = {"model": Method, "data": LightningDataModule}
 TRAINER_CLASSES: dict[str, type] = {"trainer.callbacks": Callback, "trainer.logger": Logger}
@@ -119,11 +126,15 @@ class DiffRLCLI(LightningCLI):
             raise ConfigError(shorten(str(error), TRAINER_CLASSES)) from error
         except OmegaConfBaseException as error:
             raise ConfigError(known.explain_interpolation(str(error))) from error
+        check_trainer_options(self.config[subcommand].trainer)
+        check_seed(self.config[subcommand].seed_everything)
         self._settle_run(subcommand, self.config[subcommand])
         self.save_config_kwargs = {"folder": self.folder}
 
     def _settle_run(self, subcommand: str, config: jsonargparse.Namespace) -> None:
         logs = Path(config.logs).expanduser()
+        if logs.is_file():
+            raise ConfigError(f"--logs {logs} is a file; give the folder of all runs, default tb_logs")
         method = find_class("model", config.model.class_path, Method)
         dataset = (config.data.get("init_args") or {}).get("dataset") or "data"
         parent = logs / method.__name__.lower() / runs.dataset_slug(dataset)
@@ -171,7 +182,7 @@ class DiffRLCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer of this run: length from the method's phases, logger, checkpoints, progress bar."""
         config = self._get(self.config_init, "trainer")
-        if config["max_epochs"] is None and config["max_steps"] == -1:
+        if config["max_epochs"] is None:
             kwargs["max_epochs"] = self.model.total_epochs
         if config["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(self.folder)
@@ -193,9 +204,10 @@ class DiffRLCLI(LightningCLI):
         config["profiler"] = config["profiler"] or NoProfiler()
         plugins = config["plugins"] or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        check_precision(config["precision"] or "32-true")
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, ImportError) as error:
             raise ConfigError(f"--trainer: {error}") from error
 
     def _own_callbacks(self, config: Any, given: list[Callback]) -> list[Callback]:
@@ -220,9 +232,7 @@ class DiffRLCLI(LightningCLI):
             # The Trainer kills the first process when another one does not end with 0.
             sys.exit(128 + (self.stop.received or number) if first_process() else 0)
         except BaseException as error:
-            launcher: Any = self.trainer.strategy.launcher
-            if hasattr(launcher, "kill"):
-                launcher.kill(signal.SIGKILL)  # the other processes would wait for this one
+            end_others(self.trainer.strategy.launcher, error)
             if isinstance(error, MisconfigurationException):
                 raise ConfigError(f"--trainer: {error}") from error
             runs.refuse_unwritable(error, self.folder)
@@ -232,15 +242,15 @@ class DiffRLCLI(LightningCLI):
         """Say what is about to happen."""
         trainer, start = self.trainer, self.config.fit.ckpt_path
         device = f"{trainer.world_size} {trainer.strategy.root_device.type}"
-        epochs = trainer.max_epochs or -1
-        length = f"{epochs} epochs" if epochs > 0 else f"{trainer.max_steps} optimizer steps"
+        epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+        length = f"{epochs} epochs" if epochs >= 0 else "epochs without end"
         where = "keeping nothing" if self._get(self.config, "trainer").fast_dev_run else f"into {self.folder}"
         say(f"{type(self.model).__name__}: {length} on {device}, {where}")
         if start:
             kind = "continuing" if runs.continues(Path(start), self.folder) else "a new run, starting"
             within = f" and {self.updates_done} updates" if self.updates_done else ""
             say(f"{kind} from {start}, which has {self.epochs_done} epochs{within}")
-            if 0 < epochs <= self.epochs_done:
+            if 0 <= epochs <= self.epochs_done:
                 say("nothing is left to train; --trainer.max_epochs trains longer")
 
     def after_fit(self) -> None:
@@ -332,7 +342,7 @@ def run(args: list[str]) -> int:
     # Keeps ${...} relative to the file's root, so that they follow the command line and work across files.
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     quieten()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_report():
         for text in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=f".*{text}")
         try:
@@ -353,3 +363,19 @@ def quieten() -> None:
     if not own.hasHandlers():
         own.addHandler(logging.StreamHandler())
         own.setLevel(logging.INFO if first_process() else logging.WARNING)
+
+
+@contextlib.contextmanager
+def one_report() -> Iterator[None]:
+    """Keep the thread that writes the curves from reporting its error, a full disk say: it ends the run, told there."""
+    before = threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            before(args)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -6,7 +6,8 @@ They are no ValueErrors on purpose: argument parsers take those for a value of t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class DataError(Exception):
@@ -60,14 +61,26 @@ def check_range(
         high_open: Exclude the upper end.
 
     Raises:
-        ConfigError: With the argument, the interval and the value (NaN is never accepted).
+        ConfigError: With the argument, the interval and the value (NaN and infinity are never accepted).
     """
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
-    if not (above and below):
+    if not (above and below and math.isfinite(value)):
         left = "(" if low_open or low == float("-inf") else "["
         right = ")" if high_open or high == float("inf") else "]"
         raise ConfigError(f"{name} must be in {left}{low}, {high}{right}, got {value}")
+
+
+def check_each(name: str, values: Sequence[float], low: float = float("-inf"), **options: bool) -> None:
+    """Refuse a list that is empty or has a number outside an interval; arguments as for :func:`check_range`.
+
+    Raises:
+        ConfigError: With the argument and the first such number.
+    """
+    if len(values) == 0:
+        raise ConfigError(f"{name} needs at least one number, got []")
+    for value in values:
+        check_range(name, value, low, **options)
 
 
 def check_choice(name: str, value: str, valid: Iterable[str]) -> None:

@@ -135,7 +135,7 @@ class RunProgressBar(TQDMProgressBar):
     @staticmethod
     def _within(trainer: Trainer) -> float:
         """How much of the epoch is done."""
-        batches = max(int(trainer.num_training_batches), 1)
+        batches = max(trainer.num_training_batches, 1)  # infinite before training
         return trainer.fit_loop.epoch_loop.batch_progress.current.completed / batches
 
     def time_left(self, trainer: Trainer) -> timedelta | None:

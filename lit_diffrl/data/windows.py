@@ -23,7 +23,7 @@ from lit_diffrl.data.segments import discounted_returns, goal_departures, window
 from lit_diffrl.data.sources import SourceInfo, load_source, prepare_source
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.stream import BatchStream, Blocks
-from lit_diffrl.errors import ConfigError, DataError, check_choice, check_range
+from lit_diffrl.errors import ConfigError, DataError, check_choice, check_each, check_range
 from lit_diffrl.seeding import Place, global_seed, mix_seed
 
 
@@ -108,7 +108,7 @@ class WindowData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.horizons = [horizon] if isinstance(horizon, int) else list(horizon)
-        check_range("data.horizon", min(self.horizons, default=0), 2)
+        check_each("data.horizon", self.horizons, 2)
         for name, value in (
             ("stride", stride),
             ("batch_size", batch_size),
@@ -116,6 +116,10 @@ class WindowData(LightningDataModule):
             ("updates_per_epoch", updates_per_epoch),
         ):
             check_range(f"data.{name}", value, 1)
+        if max_path_length is not None:
+            check_range("data.max_path_length", max_path_length, 1)
+        if termination_penalty is not None:
+            check_range("data.termination_penalty", termination_penalty)
         check_range("data.discount", discount, 0, 1)
         check_range("data.holdout", holdout, 0, 0.5, low_open=True)
         check_choice("data.normalizer", normalizer, ("gaussian", "limits"))

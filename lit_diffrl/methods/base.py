@@ -239,8 +239,8 @@ class Method(LightningModule):
         """
         if self._trainer is None:
             return False
-        loop = self.trainer.fit_loop.epoch_loop
-        return loop.batch_idx == 0 or (loop.total_batch_idx + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        loop, every = self.trainer.fit_loop.epoch_loop, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (loop.batch_idx == 0 or (loop.total_batch_idx + 1) % every == 0)
 
     def report(self, values: Mapping[str, Tensor], *, prog_bar: bool = False) -> None:
         """Log scalars by name if this update is a :attr:`reporting` one, averaged over processes."""

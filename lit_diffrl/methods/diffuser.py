@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.windows import WindowBatch
 from lit_diffrl.diffusion.schedules import Schedule
-from lit_diffrl.errors import ConfigError, check_choice, check_range
+from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
 from lit_diffrl.methods.base import Phase, as_options
 from lit_diffrl.methods.options import EMAOptions, GuideOptions, PlanOptions, SamplerOptions, WorldModelOptions
 from lit_diffrl.methods.planner import Conditions, Planner, impose
@@ -117,7 +117,8 @@ class Diffuser(Planner):
     ) -> None:
         super().__init__()
         self.horizons = [horizon] if isinstance(horizon, int) else list(horizon)
-        check_range("model.horizon", min(self.horizons, default=0), 2)
+        check_each("model.horizon", self.horizons, 2)
+        check_each("model.dim_mults", dim_mults, 1)
         check_choice("model.predict", predict, ("x0", "eps"))
         check_choice("model.lr_decay", lr_decay, ("none", "cosine"))
         check_range("model.n_diffusion_steps", n_diffusion_steps, 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.windows import WindowBatch
 from lit_diffrl.diffusion.estimators import TWO_PASS_COMPUTES, backward_two_pass, estimate
-from lit_diffrl.errors import ConfigError, check_choice, check_range
+from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.diffuser import Diffuser
 from lit_diffrl.methods.options import (
@@ -104,6 +104,8 @@ class DMEMM(Diffuser):
         check_choice("model.reduction", reduction, ("entries", "mean"))
         check_choice("model.reward_units", reward_units, ("scaled", "raw"))
         check_range("model.aux_u_max", aux_u_max, 0, low_open=True)
+        if transition_weights is not None:
+            check_each("model.transition_weights", transition_weights, 0)
         if snr_cap is not None and kwargs.get("predict") == "eps":
             raise ConfigError(
                 "model.snr_cap weights clean predictions; with predict 'eps' the loss has that weight already"
@@ -193,7 +195,7 @@ class DMEMM(Diffuser):
             weights = total / (t_max * r_max) if r_max > 0 else torch.zeros_like(total)
         if options.mode == "clamp":
             weights = weights.clamp(options.floor, 1.0)
-        return weights / weights.mean().clamp_min(1e-8) if options.unit_mean else weights
+        return weights / self.mean_of_all(weights).clamp_min(1e-8) if options.unit_mean else weights
 
     # ---------------------------------------------------------------- Eqs. 8 and 12
 
@@ -268,7 +270,7 @@ class DMEMM(Diffuser):
         }
         arguments = (self.x0_estimate, predict, self.schedule, x0, k, eps)
         if self.chain.compute in TWO_PASS_COMPUTES:
-            return backward_two_pass(*arguments, loss_of, backward=self.accumulate, **options)
+            return backward_two_pass(*arguments, loss_of, backward=self.accumulate, scale=self.loss_scale, **options)
         return loss_of(estimate(*arguments, **options))
 
     def accumulate(self, loss: Tensor) -> None:

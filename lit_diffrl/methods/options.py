@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_diffrl.errors import ConfigError, check_choice, check_range
+from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ class PlanOptions:
         if self.rank_quantile is not None:
             check_range("plan.rank_quantile", self.rank_quantile, 0, 1)
         if self.horizons is not None:
-            check_range("plan.horizons", min(self.horizons, default=0), 2)
+            check_each("plan.horizons", self.horizons, 2)
+        check_range("plan.position_gain", self.position_gain, 0)
+        check_range("plan.velocity_gain", self.velocity_gain, 0)
         if self.mode == "receding" and self.replan_every is not None:
             raise ConfigError(
                 f"plan.replan_every is {self.replan_every}, but plan.mode 'receding' replans at every step"
@@ -241,10 +243,11 @@ class WeightingOptions:
         check_choice("weighting.mode", self.mode, ("clamp", "minmax", "raw", "none"))
         check_choice("weighting.source", self.source, ("window", "episode"))
         check_range("weighting.floor", self.floor, 0, 1)
-        if not isinstance(self.t_max, str):
-            check_range("weighting.t_max", self.t_max, 0, low_open=True)
-        if not isinstance(self.r_max, str):
-            check_range("weighting.r_max", self.r_max, 0, low_open=True)
+        for name, value, words in (("t_max", self.t_max, ("horizon", "episode")), ("r_max", self.r_max, ("auto",))):
+            if not isinstance(value, str):
+                check_range(f"weighting.{name}", value, 0, low_open=True)
+            elif value not in words:
+                raise ConfigError(f"weighting.{name} must be one of {', '.join(words)} or a number, got {value!r}")
         if self.source == "episode" and self.t_max == "horizon":
             raise ConfigError(
                 "weighting.source 'episode' sums a whole episode, which weighting.t_max 'horizon' would divide by a "
