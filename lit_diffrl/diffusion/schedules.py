@@ -183,6 +183,10 @@ class Schedule(nn.Module):
         c1, c2, variance = _posterior(alpha_bar[k], alpha_bar[k_next])
         return c1.item(), c2.item(), variance.item()
 
+    def exact(self, name: str) -> Tensor:
+        """A table in float64 on the CPU, whatever the module was cast to."""
+        return self._exact[name]
+
     def value(self, name: str, k: int) -> float:
         """One entry of a table as a Python float in full precision, without touching the device."""
         return self._exact[name][k].item()
