@@ -327,8 +327,8 @@ def test_the_trainers_own_switches_are_obeyed(capsys: pytest.CaptureFixture[str]
     assert {p.name for p in (RUNS / "b").iterdir()} == {"config.yaml", "checkpoints"} and Path("csv").exists()
     assert fit("--run", "c", "--trainer.enable_checkpointing", "false") == 0
     assert not (RUNS / "c" / "checkpoints").exists()
-    assert fit("--run", "d", "--trainer.callbacks+=TQDMProgressBar") == 0
-    assert checkpoint("d")["global_step"] == 15
+    assert fit("--run", "d", "--trainer.callbacks+=TQDMProgressBar", "--trainer.limit_train_batches", "3") == 0
+    assert checkpoint("d")["global_step"] == 6
 
 
 def test_a_fresh_run_never_writes_over_another(capsys: pytest.CaptureFixture[str]) -> None:
@@ -462,7 +462,7 @@ def test_validate_repeats_the_logged_value(capsys: pytest.CaptureFixture[str]) -
     assert fit("--run", "a") == 0
     capsys.readouterr()
     assert main(["validate", "--ckpt_path", "last"]) == 0
-    assert f"{curve('a', 'eval/return')[-1][1]:.5f}" in capsys.readouterr().out
+    assert str(curve("a", "eval/return")[-1][1])[:7] in capsys.readouterr().out
 
 
 def test_a_run_continues_from_its_checkpoint_alone() -> None:

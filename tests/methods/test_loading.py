@@ -134,7 +134,9 @@ def test_a_torn_file_is_refused(trained: Path, tmp_path: Path, kept: float) -> N
     content = trained.read_bytes()
     torn = tmp_path / "torn.ckpt"
     torn.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    assert "cannot be read as a checkpoint" in refused(torn) and "another checkpoint" in refused(torn)
+    assert "cannot be read as a checkpoint" in refused(torn) and "train again" in refused(torn)
+    (tmp_path / "best.ckpt").touch()
+    assert f"there is also {tmp_path / 'best.ckpt'}" in refused(torn)
 
 
 @pytest.mark.parametrize(
