@@ -131,6 +131,8 @@ class Method(LightningModule):
         else:
             refuse_other_data(self.spec, spec)
             self.spec = spec
+        # The Trainer does so after it has loaded a checkpoint, whose float64 would be rounded on the way.
+        self.trainer.precision_plugin.convert_module(self)
 
     def on_fit_start(self) -> None:
         """Refuse processes that would end at their second update: each phase trains some of the networks only."""
