@@ -36,8 +36,17 @@ def exported(module: Any, base: type) -> list[type]:
 
 
 METHODS, DATA = exported(lit_diffrl.methods, Method), exported(lit_diffrl.data, LightningDataModule)
-GROUPS = [c for c in vars(options).values() if dataclasses.is_dataclass(c)]
-CLASSES: list[type] = [*METHODS, *DATA, RolloutEvaluation, *GROUPS]  # type: ignore[list-item]
+CHOSEN: list[type] = [*METHODS, *DATA, RolloutEvaluation]  # type: ignore[list-item]
+GROUPS = list(
+    dict.fromkeys(
+        kind
+        for cls in CHOSEN
+        for annotation in parameters(cls).values()
+        for kind in (annotation, *typing.get_args(annotation))
+        if dataclasses.is_dataclass(kind)
+    )
+)
+CLASSES: list[type] = [*CHOSEN, *GROUPS]  # type: ignore[list-item]
 
 # What a class needs besides the argument in question.
 NEEDED: dict[str, dict[str, Any]] = {"DMEMM": {"world_model_epochs": 1}}
@@ -106,6 +115,7 @@ def test_what_is_listed_as_accepted_is(cls: type) -> None:
 def test_the_walk_finds_the_arguments() -> None:
     """Or it would show nothing: every argument that is neither a switch, a text nor a group has a wrong value."""
     assert {c.__name__ for c in CLASSES} >= {"DMEMM", "Diffuser", "WindowData", "RolloutEvaluation", "GuideOptions"}
+    assert {c for c in vars(options).values() if dataclasses.is_dataclass(c)} <= {*GROUPS}
     without = {
         (cls.__name__, name): annotation
         for cls in CLASSES

@@ -119,5 +119,5 @@ def test_the_value_loss_is_the_squared_error_of_the_return(make_diffuser, make_b
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_name(make_diffuser):
     planner = make_diffuser()
     planner.guard({"loss/diffusion": torch.tensor(1.0)}, {}, None)
-    with pytest.raises(ConfigError, match="Diffuser, phase diffusion.*loss/diffusion = nan.*--model.lr, "):
+    with pytest.raises(ConfigError, match="Diffuser, phase diffusion.*loss/diffusion = nan.*--model.lr"):
         planner.guard({"loss/diffusion": torch.tensor(float("nan"))}, {}, None)
