@@ -1,8 +1,13 @@
-"""Fixtures that all tests share: tiny Minari datasets in a folder of their own."""
+"""Fixtures that tests share: tiny Minari datasets in a folder of their own, and runs in processes of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,90 @@ def mazes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for variant in ("umaze", "umaze-dense"):
             pointmaze.collect(f"lit_diffrl/pointmaze/{variant}-v0", steps=3_000, progress=False)
     return root
+
+
+class Process:
+    """A command line that runs in a process of its own."""
+
+    def __init__(self, pid: int, log: Path, ask: Callable[[dict[str, Any]], Any]) -> None:
+        self.pid, self.log, self._ask = pid, log, ask
+        self.code: int | None = None
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far, errors included."""
+        return self.log.read_text()
+
+    def running(self) -> bool:
+        if self.code is None:
+            self.code = self._ask({"poll": self.pid})
+        return self.code is None
+
+    def send(self, number: int) -> None:
+        """Send a signal; to a process that has ended, nothing happens."""
+        if self.running():
+            os.kill(self.pid, number)
+
+    def until(self, condition: Callable[[], Any], seconds: float = 60) -> None:
+        """Wait until something is the case; fail if the process ends before."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.running() and time.monotonic() < deadline, self.out
+            time.sleep(0.005)
+
+    def wait(self, seconds: float = 120) -> int:
+        """Wait for its end: the exit code, or minus the signal that killed it."""
+        deadline = time.monotonic() + seconds
+        while self.running():
+            assert time.monotonic() < deadline, self.out
+            time.sleep(0.01)
+        assert self.code is not None
+        return self.code
+
+
+Launch = Callable[..., Process]
+
+
+@pytest.fixture(scope="session")
+def launch(mazes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """Start command lines in processes of their own: ``launch(*args, folder=..., env=..., file_size=..., dies=...)``.
+
+    Such a process begins within milliseconds, since it is forked from one that has imported everything.
+    """
+    root = Path(__file__).parents[1]
+    logs = tmp_path_factory.mktemp("logs")
+    path = f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(mazes)}
+    command = [sys.executable, str(root / "tests/fork_server.py")]
+    pipe = subprocess.PIPE
+    with (
+        (logs / "server.txt").open("w") as errors,
+        subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=errors, text=True) as server,
+    ):
+        assert server.stdin is not None and server.stdout is not None
+        stdin, stdout = server.stdin, server.stdout
+
+        def ask(order: dict[str, Any]) -> Any:
+            print(json.dumps(order), file=stdin, flush=True)
+            return json.loads(stdout.readline())
+
+        def start(
+            *args: str,
+            folder: Path = Path(),
+            env: dict[str, str] | None = None,
+            file_size: int | None = None,
+            dies: int | None = None,
+        ) -> Process:
+            # Event files are read in the order of their names, which begin with a second: no two runs in the same.
+            begun = [int(p.name.split(".")[3]) for p in folder.glob("**/events.out.tfevents.*")]
+            while begun and time.time() < max(begun) + 1:
+                time.sleep(0.01)
+            log = logs / f"{len(list(logs.iterdir()))}.txt"
+            order = {"args": args, "folder": str(folder.absolute()), "log": str(log)}
+            return Process(ask({**order, "env": env or {}, "file_size": file_size, "dies": dies}), log, ask)
+
+        yield start
+        stdin.close()
 
 
 @pytest.fixture

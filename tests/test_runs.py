@@ -1,13 +1,15 @@
-"""Names of run folders and the checkpoints that belong to them."""
+"""Names of run folders, the checkpoints that belong to them, and what cannot be written there."""
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.runs import continues, dataset_slug, new_run, run_folder
+from lit_diffrl.runs import continues, dataset_slug, new_run, refuse_unwritable, run_folder
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,35 @@ def test_a_run_has_a_plain_name_and_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "checkpoints" / "best.ckpt").touch()
     with pytest.raises(ConfigError, match="already has checkpoints"):
         new_run(tmp_path, "a")
+
+
+def test_a_full_disk_is_told_in_one_line_whichever_error_it_surfaces_as(tmp_path: Path) -> None:
+    """TensorBoard's thread keeps it, the logger calls it a bad value, and closing the logger hides what came first."""
+    for error, words in (
+        (chained(ValueError("you tried to log 1.0"), full()), f"cannot write to {tmp_path}: No space left"),
+        (chained(full(), ConfigError("cannot save last.ckpt")), "cannot save last.ckpt"),
+        (OSError(errno.EROFS, "Read-only", str(tmp_path / "pictures/a.png")), "pictures/a.png: Read-only"),
+        (OSError(errno.EACCES, "Permission denied", os.fsencode(tmp_path.parent)), f"{tmp_path.parent}: Permission"),
+    ):
+        with pytest.raises(ConfigError) as told:
+            refuse_unwritable(error, tmp_path)
+        assert words in str(told.value)
+
+
+def test_errors_of_other_kinds_and_files_are_left_as_they_are(tmp_path: Path) -> None:
+    for error in (
+        ValueError("a value"),
+        OSError(errno.EACCES, "Permission denied", "/data/medium.hdf5"),
+        OSError(errno.ENOENT, "No such file", str(tmp_path / "x")),
+        chained(ValueError("a value"), ConfigError("handled")),
+    ):
+        refuse_unwritable(error, tmp_path)
+
+
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__context__ = cause
+    return error
+
+
+def full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,252 @@
+"""A run that is killed, stopped or out of disk at any moment ends, once continued, like one left alone: bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from same_runs import assert_same_runs
+from short_runs import CONFIGS, Config
+
+from lit_diffrl.__main__ import main
+from lit_diffrl.methods import DMEMM, Method
+from lit_diffrl.rollout.callback import RolloutEvaluation
+
+Launch = Callable[..., Any]
+RUN = Path("tb_logs/dmemm/pointmaze-umaze-dense-v0/a")
+LAST = RUN / "checkpoints/last.ckpt"
+
+# A world model, then a diffusion model; evaluations and pictures of its plans; small, and short to the utmost.
+CONFIG = """
+seed_everything: 1
+run: a
+model:
+  class_path: DMEMM
+  init_args:
+    horizon: ${data.init_args.horizon}
+    goal_conditioned: true
+    n_diffusion_steps: 8
+    dim: 8
+    dim_mults: [1, 4]
+    lr_decay: cosine
+    world_model_epochs: 2
+    diffusion_epochs: 4
+    ema: {every: 1, start: 3}
+    world_model: {members: 3, elites: 2, hidden: 16, layers: 2, reward_hidden: 16}
+    plan: {mode: waypoints, rank_by: model, rank_quantile: 0.1}
+data:
+  class_path: WindowData
+  init_args:
+    dataset: lit_diffrl/pointmaze/umaze-dense-v0
+    horizon: [8, 12]
+    stride: 2
+    batch_size: 4
+    transition_batch_size: 16
+    updates_per_epoch: 12
+rollout: {episodes: 1, num_envs: 1, max_steps: 10}
+trainer: {accelerator: cpu, enable_model_summary: false, log_every_n_steps: 3}
+"""
+FIT = ("fit", "--config", "config.yaml")
+
+
+def folder_of_a_run(root: Path, name: str) -> Path:
+    """An empty folder with the config file."""
+    folder = root / name
+    folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that nothing happened to."""
+    folder = folder_of_a_run(tmp_path_factory.mktemp("whole"), "whole")
+    process = launch(*FIT, folder=folder)
+    assert process.wait() == 0, process.out
+    return folder
+
+
+def begin(launch: Launch, folder: Path) -> Any:
+    """Start the run, or continue it, and wait for the end of its start-up: it has an event file, and loads its data."""
+
+    def events() -> int:
+        return len(list((folder / RUN).glob("events.out.tfevents.*")))
+
+    before = events()
+    process = launch(*resume_or_begin(folder), folder=folder)
+    process.until(lambda: events() > before)
+    return process
+
+
+def resume_or_begin(folder: Path) -> tuple[str, ...]:
+    return ("fit", "--ckpt_path", "last") if (folder / LAST).exists() else FIT
+
+
+# ---------------------------------------------------------------- killed
+
+
+@pytest.mark.parametrize(
+    "kills", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (10, 50))], ids=lambda n: f"{n} times"
+)
+def test_a_run_killed_at_random_moments_ends_like_one_left_alone(
+    launch: Launch, whole: Path, tmp_path: Path, kills: int
+) -> None:
+    """From the end of the start-up on: in updates, evaluations, at changes of phase."""
+    draw, left, runs = random.Random(kills), kills, 0
+    while left or not runs:
+        runs += 1
+        folder = folder_of_a_run(tmp_path, f"{runs}")
+        code: int | None = None
+        while code != 0:
+            process = begin(launch, folder)
+            if left:
+                time.sleep(draw.uniform(0, 0.6))
+                process.send(signal.SIGKILL)
+            code = process.wait()
+            assert code in (0, -signal.SIGKILL), process.out
+            left -= code != 0
+        assert_same_runs(folder, whole)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids=lambda n: f"{n} times")
+def test_a_run_killed_while_it_saves_ends_like_one_left_alone(
+    launch: Launch, whole: Path, tmp_path: Path, kills: int
+) -> None:
+    """First before anything is saved; then with a checkpoint written, not renamed; renamed; between best and last."""
+    folder = folder_of_a_run(tmp_path, "a")
+    for kill in range(kills):
+        process = launch(*resume_or_begin(folder), folder=folder, dies=2 + kill % 9)
+        assert process.wait() == -signal.SIGKILL, process.out
+    process = launch(*resume_or_begin(folder), folder=folder)
+    assert process.wait() == 0, process.out
+    assert_same_runs(folder, whole)
+
+
+# ---------------------------------------------------------------- stopped
+
+STOPS = [
+    (signal.SIGTERM, 0, 0),
+    (signal.SIGINT, 1, 5),
+    (signal.SIGUSR1, 1, 11),
+    (signal.SIGTERM, 2, "evaluation"),
+    (signal.SIGINT, 3, 10),
+    (signal.SIGTERM, 5, 5),
+]
+
+
+def test_a_run_stopped_again_and_again_ends_like_one_left_alone(
+    whole: Path, mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the first update, one that is logged, the last of an epoch and a phase, an evaluation, and a last but one."""
+    folder = folder_of_a_run(tmp_path, "a")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    train, evaluate = DMEMM.training_step, RolloutEvaluation._evaluate
+    stops: dict[tuple[int, Any], int] = {}
+
+    def training_step(self: DMEMM, batch: Any, batch_idx: int) -> None:
+        send(stops.pop((self.current_epoch, batch_idx), 0))
+        train(self, batch, batch_idx)
+
+    def evaluation(self: RolloutEvaluation, trainer: Any, *args: Any) -> Any:
+        send(stops.pop((trainer.current_epoch, "evaluation"), 0))
+        return evaluate(self, trainer, *args)
+
+    monkeypatch.setattr(DMEMM, "training_step", training_step)
+    monkeypatch.setattr(RolloutEvaluation, "_evaluate", evaluation)
+    for number, epoch, place in STOPS:
+        stops[epoch, place] = number
+        assert main(list(resume_or_begin(folder))) == 128 + number
+        assert not stops
+        progress = torch.load(LAST, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        updates = 12 if place == "evaluation" else place + 1
+        assert progress["total"]["completed"] == 12 * epoch + updates
+    assert main(["fit", "--ckpt_path", "last"]) == 0
+    assert "warning" not in capsys.readouterr().err.lower()
+    assert_same_runs(folder, whole)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_stopped_in_each_phase_ends_like_one_left_alone(
+    mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    config = Config(path)
+    train = config.method.training_step
+    places: set[tuple[int, int]] = set()
+
+    def training_step(self: Method, batch: Any, batch_idx: int) -> Any:
+        if (self.current_epoch, batch_idx) in places:
+            places.remove((self.current_epoch, batch_idx))
+            send(signal.SIGTERM)
+        return train(self, batch, batch_idx)
+
+    monkeypatch.setattr(config.method, "training_step", training_step)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    monkeypatch.chdir(whole)
+    assert main(["fit", *config.options, "--run", "a"]) == 0
+    stopped.mkdir()
+    monkeypatch.chdir(stopped)
+    places |= {(epoch, 1) for epoch in range(1, 20, 2)}  # the second of the two epochs that each phase has
+    codes = [main(["fit", *config.options, "--run", "a"])]
+    while codes[-1] == 128 + signal.SIGTERM:
+        codes.append(main(["fit", "--ckpt_path", "last"]))
+    assert codes[-1] == 0 and len(codes) > 1
+    assert_same_runs(stopped, whole)
+
+
+def send(number: int) -> None:
+    if number:
+        os.kill(os.getpid(), number)
+
+
+def test_two_processes_stop_together_when_the_first_is_told_to(mazes: Path, tmp_path: Path) -> None:
+    folder = folder_of_a_run(tmp_path, "a")
+    root = Path(__file__).parents[1]
+    more = ("--data.updates_per_epoch", "10000", "--trainer.accelerator", "cpu")
+    command = [sys.executable, "-m", "lit_diffrl", *FIT, "--config", str(root / "conf/trainer/ddp.yaml"), *more]
+    path = f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(mazes)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (folder / RUN / "config.yaml").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        # Both have ended once nobody writes to the pipe any more.
+        out = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, out
+    assert out.count("SIGTERM: saving and stopping after this update") == 1 and "Traceback" not in out
+    progress = torch.load(folder / LAST, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert 0 < progress["total"]["completed"] == progress["total"]["ready"] < 10_000
+
+
+# ---------------------------------------------------------------- out of disk
+
+
+def test_a_run_out_of_disk_ends_like_one_left_alone_once_there_is_room(
+    launch: Launch, whole: Path, tmp_path: Path
+) -> None:
+    """With no room for the first checkpoint, then none for those of the second phase, which are larger."""
+    folder = folder_of_a_run(tmp_path, "a")
+    for size, kept in ((100_000, False), (700_000, True)):
+        process = launch(*FIT, folder=folder, file_size=size)
+        assert process.wait() == 2
+        line = process.out.splitlines()[-1]
+        assert line.startswith("error: cannot save ") and "File too large" in line and "Traceback" not in process.out
+        assert ("continue with --ckpt_path last" in line) == kept
+        assert [p.name for p in (folder / RUN / "checkpoints").iterdir()] == ["last.ckpt"] * kept
+    process = launch("fit", "--ckpt_path", "last", folder=folder)
+    assert process.wait() == 0, process.out
+    assert_same_runs(folder, whole)
