@@ -2,6 +2,15 @@
 
 from lit_diffrl.data.episodes import Episodes
 from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.data.transitions import PolicyBatch, TransitionData
 from lit_diffrl.data.windows import TransitionBatch, WindowBatch, WindowData
 
-__all__ = ["DatasetSpec", "Episodes", "TransitionBatch", "WindowBatch", "WindowData"]
+__all__ = [
+    "DatasetSpec",
+    "Episodes",
+    "PolicyBatch",
+    "TransitionBatch",
+    "TransitionData",
+    "WindowBatch",
+    "WindowData",
+]

@@ -67,6 +67,11 @@ class Episodes:
         """``(E,)`` int64, steps of each episode."""
         return self.ends - self.starts
 
+    @property
+    def episode(self) -> Tensor:
+        """``(N,)`` int64, episode of each step."""
+        return torch.repeat_interleave(torch.arange(self.num_episodes), self.lengths)
+
     @classmethod
     def from_numpy(
         cls,

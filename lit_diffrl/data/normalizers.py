@@ -4,6 +4,7 @@ Sources: Diffuser's two normalisers. ``gaussian`` (locomotion) is (x - mean) / s
 and no epsilon; ``limits`` (mazes) is 2 (x - min) / (max - min) - 1. Two departures: a constant dimension is divided
 by 1, where the released code divides by 0; and ``limits`` always clips to [-1, 1] on the way back, where the
 released code clips a whole batch once anything in it is out by 1e-4: here a row does not depend on its neighbours.
+``none`` leaves values as they are, for policies that learn from raw states.
 
 Tensors may have any leading shape and be on any device: the statistics follow them.
 """
@@ -98,9 +99,32 @@ class LimitsNormalizer:
         return {"kind": self.kind, "low": self.low.tolist(), "high": self.high.tolist()}
 
 
-Normalizer: TypeAlias = GaussianNormalizer | LimitsNormalizer
-KINDS: dict[str, type[GaussianNormalizer] | type[LimitsNormalizer]] = {
-    cls.kind: cls for cls in (GaussianNormalizer, LimitsNormalizer)
+class IdentityNormalizer:
+    """Values as they are."""
+
+    kind = "none"
+
+    @classmethod
+    def fit(cls, x: Tensor) -> IdentityNormalizer:
+        """Learn nothing from rows ``(..., dim)``."""
+        return cls()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Raw ``(..., dim)``, itself."""
+        return x
+
+    def unnormalize(self, x: Tensor) -> Tensor:
+        """Raw ``(..., dim)``, itself, without clipping."""
+        return x
+
+    def state(self) -> dict[str, Any]:
+        """Plain types, for :func:`normalizer_from_state`."""
+        return {"kind": self.kind}
+
+
+Normalizer: TypeAlias = GaussianNormalizer | LimitsNormalizer | IdentityNormalizer
+KINDS: dict[str, type[GaussianNormalizer] | type[LimitsNormalizer] | type[IdentityNormalizer]] = {
+    cls.kind: cls for cls in (GaussianNormalizer, LimitsNormalizer, IdentityNormalizer)
 }
 
 
@@ -108,7 +132,7 @@ def fit_normalizer(kind: str, x: Tensor) -> Normalizer:
     """Fit a normaliser to real steps.
 
     Args:
-        kind: ``gaussian`` or ``limits``.
+        kind: ``gaussian``, ``limits`` or ``none``.
         x: ``(..., dim)`` raw values.
 
     Raises:
@@ -119,7 +143,7 @@ def fit_normalizer(kind: str, x: Tensor) -> Normalizer:
 
 
 def normalizer_from_state(state: Mapping[str, Any]) -> Normalizer:
-    """Rebuild a normaliser from :meth:`GaussianNormalizer.state` or :meth:`LimitsNormalizer.state`.
+    """Rebuild a normaliser from its ``state()``.
 
     Raises:
         ConfigError: When it is not such a state.
@@ -130,6 +154,6 @@ def normalizer_from_state(state: Mapping[str, Any]) -> Normalizer:
         return KINDS[state["kind"]](**tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"a saved normaliser must have kind {' or '.join(KINDS)} and its two lists, got {dict(state)} "
+            f"a saved normaliser must have kind {' or '.join(KINDS)} and the lists of that kind, got {dict(state)} "
             f"({type(error).__name__}: {error}); the checkpoint is damaged or of another version"
         ) from error

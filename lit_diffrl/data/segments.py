@@ -35,6 +35,30 @@ def window_starts(
     return (last if compat else last + 1).clamp_min(0)
 
 
+def keep_steps(episodes: Episodes, keep: Tensor) -> Episodes:
+    """Leave out steps: whole episodes, or the last steps of some, which then count as cut.
+
+    Args:
+        episodes: Steps in order.
+        keep: ``(N,)`` bool; in every episode no step that is left out comes before one that is kept.
+    """
+    lengths = torch.zeros_like(episodes.starts).index_add(0, episodes.episode, keep.long())
+    lengths = lengths[lengths > 0]
+    ends = lengths.cumsum(0)
+    terminated = episodes.terminated[keep]
+    truncated = torch.zeros_like(terminated)
+    truncated[ends - 1] = ~terminated[ends - 1]
+    return Episodes(
+        obs=episodes.obs[keep],
+        action=episodes.action[keep],
+        reward=episodes.reward[keep],
+        terminated=terminated,
+        truncated=truncated,
+        next_obs=episodes.next_obs[keep],
+        starts=ends - lengths,
+    )
+
+
 def goal_departures(episodes: Episodes, goal: list[float], radius: float = 0.5) -> Episodes:
     """Cut a maze walk as Diffuser does: an episode runs from one departure from the goal to the next.
 

@@ -70,9 +70,9 @@ class DatasetSpec:
         goal: The constant goal of the data, or None.
         obs_normalizer: State of the normaliser of states.
         action_normalizer: State of the normaliser of actions.
-        reward_max: Greatest reward of a row of a window, that is, summed over ``stride`` steps.
+        reward_max: Greatest reward of a row of a window, that is, summed over ``stride`` steps; of a transition, tuned.
         reward_min: Least reward of a row, likewise.
-        stride: Simulator steps per row of a window.
+        stride: Simulator steps per row of a window; 1 for transitions.
     """
 
     obs_dim: int

@@ -13,16 +13,15 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lit_diffrl.data.episodes import Episodes
+from lit_diffrl.data.module import OfflineData
 from lit_diffrl.data.normalizers import fit_normalizer
+from lit_diffrl.data.rewards import episode_returns
 from lit_diffrl.data.segments import discounted_returns, goal_departures, window_starts
-from lit_diffrl.data.sources import SourceInfo, load_source, prepare_source
-from lit_diffrl.data.spec import DatasetSpec
-from lit_diffrl.data.stream import BatchStream, Blocks
+from lit_diffrl.data.sources import SourceInfo
+from lit_diffrl.data.stream import Blocks
 from lit_diffrl.errors import ConfigError, DataError, check_choice, check_each, check_range
 from lit_diffrl.seeding import Place, global_seed, mix_seed
 
@@ -61,7 +60,7 @@ class TransitionBatch(NamedTuple):
     next_obs: Tensor
 
 
-class WindowData(LightningDataModule):
+class WindowData(OfflineData):
     """Windows of an offline dataset, drawn by index.
 
     Args:
@@ -84,8 +83,6 @@ class WindowData(LightningDataModule):
         obs_keys: For dict observations: the keys that form the state, in order.
         env: For a D4RL file whose name does not tell: the environment's D4RL name.
     """
-
-    spec: DatasetSpec
 
     def __init__(
         self,
@@ -132,19 +129,6 @@ class WindowData(LightningDataModule):
 
     # ---------------------------------------------------------------- loading
 
-    def prepare_data(self) -> None:
-        """Download or collect the data once, on the first process."""
-        prepare_source(self.dataset, **self._source_options())
-
-    def _source_options(self) -> dict[str, Any]:
-        return {"obs_keys": self.hparams["obs_keys"], "env": self.hparams["env"]}
-
-    def setup(self, stage: str) -> None:
-        """Load, check and normalise the data, once."""
-        if self.episodes is None:
-            episodes, info = load_source(self.dataset, **self._source_options())
-            self.load(episodes, info)
-
     def load(self, episodes: Episodes, info: SourceInfo) -> None:
         """Take in episodes: normalise them, index windows and transitions, and describe them in ``spec``."""
         if self.hparams["segmentation"] == "goal":
@@ -163,10 +147,7 @@ class WindowData(LightningDataModule):
         self._normalise()
         self._index_windows()
         self._index_transitions()
-        self._describe(info)
-
-    def _name(self) -> str:
-        return "+".join([self.dataset] if isinstance(self.dataset, str) else self.dataset)
+        self._describe(episodes, info, self.reward, self.stride)
 
     def _normalise(self) -> None:
         assert self.episodes is not None
@@ -181,9 +162,7 @@ class WindowData(LightningDataModule):
             [self.action_normalizer.normalize(zero_action), self.obs_normalizer.normalize(zero_obs)]
         )
         self.returns = discounted_returns(self.episodes, self.hparams["discount"], self.hparams["termination_penalty"])
-        totals = torch.zeros(self.episodes.num_episodes)
-        episode = torch.repeat_interleave(torch.arange(len(totals)), self.episodes.lengths)
-        self.episode_returns = totals.index_add(0, episode, self.episodes.reward)[episode]
+        self.episode_returns = episode_returns(self.episodes).float()[self.episodes.episode]
         self.step_end = torch.repeat_interleave(self.episodes.ends, self.episodes.lengths)
         self._join_steps()
 
@@ -236,28 +215,6 @@ class WindowData(LightningDataModule):
         after = self.obs[(steps + self.stride).clamp_max(len(steps) - 1)]
         self.table = torch.cat([self.obs, self.action, self.reward[:, None], after], dim=1)
         self.bootstraps: dict[int, Tensor] = {}
-
-    def _describe(self, info: SourceInfo) -> None:
-        assert self.episodes is not None
-        self.spec = DatasetSpec(
-            obs_dim=self.episodes.obs_dim,
-            action_dim=self.episodes.action_dim,
-            action_low=info.action_low,
-            action_high=info.action_high,
-            dataset_ids=info.dataset_ids,
-            env_spec=info.env_spec,
-            ref_min=info.ref_min,
-            ref_max=info.ref_max,
-            max_episode_steps=info.max_episode_steps,
-            obs_keys=info.obs_keys,
-            goal_key=info.goal_key,
-            goal=info.goal,
-            obs_normalizer=self.obs_normalizer.state(),
-            action_normalizer=self.action_normalizer.state(),
-            reward_max=float(self.reward.max()),
-            reward_min=float(self.reward.min()),
-            stride=self.stride,
-        )
 
     # ---------------------------------------------------------------- drawing
 
@@ -329,19 +286,10 @@ class WindowData(LightningDataModule):
         obs, action, reward, next_obs = rows.split([self.spec.obs_dim, self.spec.action_dim, 1, self.spec.obs_dim], -1)
         return TransitionBatch(obs, action, reward.squeeze(-1), next_obs)
 
-    def train_dataloader(self) -> BatchStream:
-        """Batches of the current phase's kind, ``updates_per_epoch`` to an epoch."""
-        return BatchStream(self)
-
     def held_out_transitions(self) -> TransitionBatch:
         """At most 5,000 of the transitions held out, for one member."""
         return self.transitions(self.held_out[None, :5000])
 
-    def val_dataloader(self) -> DataLoader[TransitionBatch]:
-        """The held-out transitions as a single batch."""
-        batches: Any = [self.held_out_transitions()]
-        return DataLoader(batches, batch_size=None)
-
-    def test_dataloader(self) -> DataLoader[TransitionBatch]:
-        """The held-out batch: testing itself happens in the simulator."""
-        return self.val_dataloader()
+    def validation_batch(self) -> TransitionBatch:
+        """The held-out transitions."""
+        return self.held_out_transitions()

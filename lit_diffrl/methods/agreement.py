@@ -19,10 +19,12 @@ def refuse_other_data(saved: DatasetSpec, current: DatasetSpec) -> None:
     Raises:
         ConfigError: With what differs.
     """
-    fields = ("obs_dim", "action_dim", "dataset_ids", "stride")
+    fields = ("obs_dim", "action_dim", "dataset_ids", "stride", "obs_keys", "action_low", "action_high")
     wrong = _differences((name, getattr(saved, name), getattr(current, name)) for name in fields)
     for name in () if wrong else ("obs_normalizer", "action_normalizer"):
         wrong += _normalizer_differences(name, getattr(saved, name), getattr(current, name))
+    rewards = ((name, getattr(saved, name), getattr(current, name)) for name in ("reward_min", "reward_max"))
+    wrong += _differences(item for item in rewards if not wrong and not _close(*item[1:]))
     if wrong:
         raise ConfigError(
             "the checkpoint was trained on other data (" + "; ".join(wrong) + "); "
@@ -48,13 +50,32 @@ def refuse_other_shapes(saved: Mapping[str, Tensor], current: Mapping[str, Tenso
         )
 
 
-def refuse_other_arguments(names: Sequence[str], saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def refuse_other_method(saved: str, current: type) -> None:
+    """Refuse a checkpoint that another method wrote, even if its networks would fit.
+
+    Raises:
+        ConfigError: With both methods.
+    """
+    ours = f"{current.__module__}.{current.__qualname__}"
+    if saved != ours:
+        raise ConfigError(f"the checkpoint is of {saved}, this is {ours}; use that method, or start without ckpt_path")
+
+
+def refuse_other_arguments(
+    group: str, names: Sequence[str], saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> None:
     """Refuse other values of the arguments that give the weights their meaning without showing in their shapes.
+
+    Args:
+        group: Whose arguments: ``model`` or ``data``.
+        names: The arguments.
+        saved: All arguments as the checkpoint has them.
+        current: The same, as now asked for.
 
     Raises:
         ConfigError: With both values.
     """
-    wrong = _differences((f"model.{name}", saved[name], current.get(name)) for name in names if name in saved)
+    wrong = _differences((f"{group}.{name}", saved[name], current.get(name)) for name in names if name in saved)
     if wrong:
         raise ConfigError(
             "the checkpoint's networks were trained for something else (" + "; ".join(wrong) + "); "
@@ -86,11 +107,16 @@ def _differences(items: Iterable[tuple[str, Any, Any]]) -> list[str]:
     return [f"{name}: checkpoint {saved!r}, now {current!r}" for name, saved, current in items if saved != current]
 
 
+def _close(saved: Any, current: Any) -> bool:
+    """Whether numbers differ by rounding only."""
+    return np.shape(saved) == np.shape(current) and bool(np.allclose(saved, current, rtol=1e-4, atol=1e-6))
+
+
 def _normalizer_differences(name: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """What differs between the states of two normalisers, if anything does beyond rounding."""
     if saved["kind"] != current["kind"]:
         return _differences([(name, saved["kind"], current["kind"])])
     values = [key for key in saved if key != "kind"]
-    if all(np.allclose(saved[key], current[key], rtol=1e-4, atol=1e-6) for key in values):
+    if all(_close(saved[key], current[key]) for key in values):
         return []
     return [f"{name}: its {' and '.join(values)} are others, so the steps of the dataset are not the same"]

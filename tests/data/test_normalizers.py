@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from lit_diffrl.data.normalizers import GaussianNormalizer, LimitsNormalizer, fit_normalizer, normalizer_from_state
+from lit_diffrl.data.normalizers import (
+    GaussianNormalizer,
+    IdentityNormalizer,
+    LimitsNormalizer,
+    fit_normalizer,
+    normalizer_from_state,
+)
 from lit_diffrl.errors import ConfigError
 
 
@@ -19,7 +25,7 @@ def rows() -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "limits"])
+@pytest.mark.parametrize("kind", ["gaussian", "limits", "none"])
 @pytest.mark.parametrize("shape", [(4,), (500, 4), (5, 100, 4), (5, 10, 10, 4)])
 def test_round_trip(kind, shape, rows):
     normalizer = fit_normalizer(kind, rows)
@@ -60,6 +66,12 @@ def test_limits_clip_plans_on_the_way_back_row_by_row(rows):
     assert torch.equal(raw[1], normalizer.unnormalize(plan[1])), "a row depends on its neighbours"
 
 
+def test_none_leaves_values_as_they_are_and_its_state_is_its_name(rows):
+    normalizer = fit_normalizer("none", rows)
+    assert torch.equal(normalizer.normalize(rows), rows) and torch.equal(normalizer.unnormalize(rows * 50), rows * 50)
+    assert normalizer.state() == {"kind": "none"}
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "limits"])
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e6])
 def test_constant_dimensions_stay_finite_and_come_back(kind, constant):
@@ -71,7 +83,7 @@ def test_constant_dimensions_stay_finite_and_come_back(kind, constant):
     assert normalizer.normalize(x + torch.tensor([0.0, 1.0]))[0, 1] - y[0, 1] in (1, 2), "divided by a rounding error"
 
 
-@pytest.mark.parametrize("cls", [GaussianNormalizer, LimitsNormalizer])
+@pytest.mark.parametrize("cls", [GaussianNormalizer, LimitsNormalizer, IdentityNormalizer])
 def test_state_is_plain_and_rebuilds_the_same(cls, rows, tmp_path):
     normalizer = cls.fit(rows)
     torch.save(normalizer.state(), tmp_path / "state.pt")
@@ -83,12 +95,13 @@ def test_state_is_plain_and_rebuilds_the_same(cls, rows, tmp_path):
 def test_unknown_kinds_and_damaged_states_are_refused(rows):
     with pytest.raises(ConfigError, match="gausian.*did you mean 'gaussian'"):
         fit_normalizer("gausian", rows)
-    for state in ({}, {"kind": "cdf", "low": [0.0]}, {"kind": "limits", "low": [0.0]}, {"kind": "limits", "low": "x"}):
+    damaged = ({"kind": "limits", "low": [0.0]}, {"kind": "limits", "low": "x"}, {"kind": "none", "low": [0.0]})
+    for state in ({}, {"kind": "cdf", "low": [0.0]}, *damaged):
         with pytest.raises(ConfigError, match="saved normaliser"):
             normalizer_from_state(state)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "limits"])
+@pytest.mark.parametrize("kind", ["gaussian", "limits", "none"])
 def test_statistics_follow_the_tensors_to_their_device(kind, rows):
     # The meta device stands for an accelerator: mixing it with tensors of the CPU fails in the same way.
     assert fit_normalizer(kind, rows).normalize(rows.to("meta")).is_meta
