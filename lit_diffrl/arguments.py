@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lit_diffrl.errors import ConfigError, nearest
 
 SUBCOMMANDS = ("fit", "validate", "test")
+NULLS = ("null", "~")
 
 
 def options(args: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -28,6 +29,32 @@ def options(args: list[str]) -> Iterator[tuple[str, str | None]]:
 def last_option(args: list[str], key: str) -> str | None:
     """Value of an option on the command line, the last one if repeated."""
     return next((value for k, value in reversed(list(options(args))) if k == key), None)
+
+
+def nest_nulls(args: list[str], groups: Iterable[str]) -> list[str]:
+    """Write ``--model.plan.replan_every null`` as ``--model.plan {"replan_every": null}``.
+
+    jsonargparse merges the second with what is set already; of the first it makes the word "None" (4.53).
+
+    Args:
+        args: The command line.
+        groups: Options whose class is chosen, ``model`` and ``data``.
+    """
+    found: list[str] = []
+    for token in args:
+        key, equals, value = token.partition("=")
+        if not equals and found and token in NULLS and found[-1].startswith("--"):
+            key, value = found.pop(), token
+        parts = [part for part in key.removeprefix("--").split(".") if part != "init_args"]
+        if key.startswith("--") and value in NULLS and parts[0] in groups and len(parts) > 2:
+            for part in reversed(parts[2:]):
+                value = f'{{"{part}": {value}}}'
+            found.append(f"--{parts[0]}.{parts[1]}={value}")
+        elif value == token:
+            found += [key, token]
+        else:
+            found.append(token)
+    return found
 
 
 def check_subcommand(args: list[str]) -> None:

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 import lit_diffrl.data
 import lit_diffrl.methods  # noqa: F401  their classes are known by short names once imported
 from lit_diffrl import runs
-from lit_diffrl.arguments import last_option, options, read_config
+from lit_diffrl.arguments import last_option, nest_nulls, options, read_config
 from lit_diffrl.checkpoint_io import AtomicCheckpointIO
 from lit_diffrl.errors import ConfigError, DataError, causes
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Method
@@ -121,7 +121,7 @@ class DiffRLCLI(LightningCLI):
         for note in known.notes:
             say(f"note: {note}", error=True)
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(nest_nulls(args, BASES))
         except ArgumentError as error:
             raise ConfigError(shorten(str(error), TRAINER_CLASSES)) from error
         except OmegaConfBaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods.agreement import (
     refuse_other_arguments,
     refuse_other_data,
+    refuse_other_method,
     refuse_other_past,
     refuse_other_shapes,
 )
@@ -116,6 +118,11 @@ class Method(LightningModule):
         """Whether the acting networks have been trained at all; before that no rollout is worth its time."""
         return self.spec is not None
 
+    @property
+    def fixed_data_arguments(self) -> tuple[str, ...]:
+        """Arguments of the data module that decide what is learnt: a run that goes on keeps them."""
+        return ()
+
     # ---------------------------------------------------------------- building
 
     def build(self, spec: DatasetSpec) -> None:
@@ -180,6 +187,19 @@ class Method(LightningModule):
         """What 16-mixed multiplies losses by before their backward pass; None in other precisions."""
         scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
         return None if scaler is None else scaler.scale(torch.ones((), device=self.device))
+
+    def set_cosine_lr(self, optimizer: LightningOptimizer, lr: float) -> None:
+        """Set the learning rate that a cosine from ``lr`` to 0 has at this place in the phase.
+
+        A pure function of the place, so that nothing needs saving.
+        """
+        phases = [p for p in self.phases if p.epochs > 0]
+        now = self.phase
+        first = sum(p.epochs for p in phases[: phases.index(now)])
+        batches = max(1, int(self.trainer.num_training_batches))
+        done = self.current_epoch - first + self.trainer.fit_loop.epoch_loop.batch_idx / batches
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done / now.epochs)))
 
     def clip_gradients_of(self, optimizer: LightningOptimizer, limit: float | None = None) -> Tensor:
         """Measure the norm of an optimizer's gradients, and shorten them to ``limit``.
@@ -270,16 +290,20 @@ class Method(LightningModule):
         own = checkpoint.get(CHECKPOINT_KEY)
         if own is None:
             raise ConfigError("the checkpoint was not written by lit_diffrl: it has no dataset spec")
+        refuse_other_method(own["method"], type(self))
         saved = DatasetSpec.from_dict(own["spec"])
         if self.spec is None:
             self.build(saved)
         else:
             refuse_other_data(saved, self.spec)
         refuse_other_shapes(checkpoint["state_dict"], self.state_dict())
-        refuse_other_arguments(self.fixed_arguments, checkpoint.get("hyper_parameters", {}), self.hparams)
+        refuse_other_arguments("model", self.fixed_arguments, checkpoint.get("hyper_parameters", {}), self.hparams)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             phases = [(p.name, p.epochs) for p in self.phases]
             refuse_other_past(own.get("phases", []), phases, checkpoint["epoch"] + 1)
+            before = checkpoint.get("datamodule_hyper_parameters", {})
+            now = self.trainer.datamodule.hparams  # type: ignore[attr-defined]
+            refuse_other_arguments("data", self.fixed_data_arguments, before, now)
 
     # ---------------------------------------------------------------- agent
 

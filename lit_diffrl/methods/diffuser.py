@@ -6,7 +6,6 @@ second version, whose settings the released code has).
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -195,6 +194,13 @@ class Diffuser(Planner):
         return self.guide.kind == "dual" or self.plan_options.rank_by in ("model", "arrival")
 
     @property
+    def fixed_data_arguments(self) -> tuple[str, ...]:
+        """What decides which windows there are, and what the networks in use are to predict of them."""
+        windows = ("horizon", "use_padding", "segmentation", "max_path_length", "compat_windows")
+        value = ("discount", "termination_penalty") if self.uses_value else ()
+        return (*windows, *value, *(("holdout",) if self.uses_world_model else ()))
+
+    @property
     def phases(self) -> list[Phase]:
         """World model, return regressor, diffusion model."""
         members = self.world_model_options.members
@@ -242,14 +248,22 @@ class Diffuser(Planner):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another quantile than the one that feasible plans were measured by (see :class:`Method`)."""
+        """Refuse other options than those that feasible plans were measured by (see :class:`Method`)."""
         super().on_load_checkpoint(checkpoint)
-        saved = as_options(PlanOptions(), checkpoint["hyper_parameters"].get("plan", {})).rank_quantile
-        if self.uses_world_model and self.plan_options.rank_quantile not in (saved, None):
-            raise ConfigError(
-                f"plan.rank_quantile is {self.plan_options.rank_quantile}, but the checkpoint's world model was "
-                f"calibrated for {saved}; use that, null, or train again"
-            )
+        if not self.uses_world_model or self.plan_options.rank_quantile is None:
+            return
+        arguments = checkpoint["hyper_parameters"]
+        plan = as_options(PlanOptions(), arguments.get("plan", {}))
+        world_model = as_options(WorldModelOptions(), arguments.get("world_model", {}))
+        for name, now, saved in (
+            ("plan.rank_quantile", self.plan_options.rank_quantile, plan.rank_quantile),
+            ("world_model.variance_floor", self.world_model_options.variance_floor, world_model.variance_floor),
+        ):
+            if now != saved:
+                raise ConfigError(
+                    f"{name} is {now}, but the checkpoint's world model was calibrated with {saved}; use that, "
+                    "plan.rank_quantile null, or train again"
+                )
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Adam for each network, in the order of the phases."""
@@ -347,9 +361,4 @@ class Diffuser(Planner):
         """Set the cosine learning rate of this place in the phase: a pure function, so nothing needs saving."""
         if self.lr_decay == "none" or phase == "world_model":
             return
-        names = [p.name for p in self.phases]
-        first = sum(p.epochs for p in self.phases[: names.index(phase)])
-        batches = max(1, int(self.trainer.num_training_batches))
-        done = self.current_epoch - first + self.trainer.fit_loop.epoch_loop.batch_idx / batches
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done / self.epochs[phase])))
+        self.set_cosine_lr(optimizer, self.lr)
