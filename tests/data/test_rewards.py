@@ -109,7 +109,9 @@ def test_the_best_episodes_are_a_tenth_or_at_least_one(n, fraction, count):
 
 
 def test_of_equal_returns_the_earlier_episode_is_kept():
-    assert best_episodes(torch.tensor([1.0, 3.0, 3.0, 3.0]), 0.5).tolist() == [False, True, True, False]
+    # Sorts that are not stable keep the order of a few equal numbers all the same, so there are many.
+    best = best_episodes(torch.tensor([1.0] + [3.0] * 999), 0.5)
+    assert best.nonzero().flatten().tolist() == list(range(1, 501))
 
 
 def test_kept_steps_form_episodes_that_end_where_they_were_cut():

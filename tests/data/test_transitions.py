@@ -176,9 +176,12 @@ def test_the_best_episodes_are_kept_and_everything_is_computed_from_them():
     assert (data.spec.reward_min, data.spec.reward_max) == (-1.0, 1.0)
 
 
-def test_return_range_is_that_of_whole_episodes():
-    data = make_data([3, 3], reward="return_range")
-    assert everything(data).reward.tolist() == pytest.approx([1000 * r / (12 - 3) for r in range(6)])
+def test_return_range_is_that_of_whole_episodes_among_those_kept():
+    # Returns 3, 12, 6 and 34; each episode loses its last step, whose successor is not recorded.
+    episodes = make_episodes([3, 3, 1, 4])
+    cut = torch.where(episodes.truncated[:, None], episodes.obs, episodes.next_obs)
+    data = make_data(dataclasses.replace(episodes, next_obs=cut), reward="return_range", top_fraction=0.5)
+    assert everything(data).reward.tolist() == pytest.approx([1000 * r / (34 - 12) for r in (3, 4, 7, 8, 9)])
 
 
 def test_spec_has_the_extent_of_tuned_single_rewards():
