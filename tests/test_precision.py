@@ -1,0 +1,336 @@
+"""Every config trains, acts and resumes in every precision that is accepted; what needs 32 bits has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from short_runs import CONFIGS, ROOT, Config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.modules import module as hooks
+from torch.overrides import TorchFunctionMode
+
+import lit_diffrl
+from lit_diffrl.__main__ import main
+from lit_diffrl.data import WindowData
+from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods import Diffuser, Method
+
+# On a CPU the Trainer has no float16; torch has, and the same code scales its losses.
+FLOAT16 = """
+trainer:
+  plugins:
+    class_path: lightning.pytorch.plugins.MixedPrecision
+    init_args: {precision: 16-mixed, device: cpu, scaler: {class_path: torch.amp.GradScaler, init_args: {%s}}}
+"""
+HALF = (torch.bfloat16, torch.float16)
+PRECISIONS = ["bf16-mixed", "16-mixed", "64-true"]
+
+
+@pytest.fixture(autouse=True)
+def folder(mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def dmemm() -> Config:
+    return Config(ROOT / "conf/dmemm.yaml", epochs=1)
+
+
+def in_precision(name: str, scaler: str = "device: cpu, init_scale: 1024.0") -> list[str]:
+    if name != "16-mixed":
+        return ["--trainer.precision", name]
+    Path("float16.yaml").write_text(FLOAT16 % scaler)
+    return ["--config", "float16.yaml"]
+
+
+def fit(config: Config, run: str, *more: str) -> dict[str, Any]:
+    """Train; the checkpoint."""
+    assert main(["fit", *config.options, "--run", run, *more]) == 0
+    (last,) = Path("tb_logs").glob(f"*/*/{run}/checkpoints/last.ckpt")
+    content: dict[str, Any] = torch.load(last, weights_only=True)
+    return content
+
+
+def curves(run: str) -> dict[str, list[float]]:
+    """Losses and norms of gradients, update by update."""
+    (folder,) = Path("tb_logs").glob(f"*/*/{run}")
+    events = EventAccumulator(str(folder)).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("loss/", "grad_norm/"))]
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in tags}
+
+
+def floats(content: Any, place: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All floating point tensors in nested dicts and lists, by their place."""
+    if isinstance(content, torch.Tensor):
+        yield from [(place, content)] if content.is_floating_point() else []
+    elif isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from floats(value, f"{place}/{key}")
+
+
+# ---------------------------------------------------------------- who computes in what
+
+
+class Watch(TorchFunctionMode):
+    """Notes the types of what networks give out in training, and which operations outside of them give 16 bits."""
+
+    shapes = (
+        "squeeze",
+        "unsqueeze",
+        "transpose",
+        "reshape",
+        "view",
+        "flatten",
+        "split",
+        "chunk",
+        "__getitem__",
+        "expand",
+    )
+
+    def __init__(self, method: type[Method], patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.depth = 0
+        self.networks: set[torch.dtype] = set()
+        self.losses: set[torch.dtype] = set()
+        self.rounded: set[str] = set()
+        guard = Method.guard
+
+        def guarded(method: Method, losses: Any, norms: Any, batch: Any) -> None:
+            self.losses |= {x.dtype for x in (*losses.values(), *norms.values())}
+            guard(method, losses, norms, batch)
+
+        patch.setattr(Method, "guard", guarded)
+        patch.setattr(method, "training_step", self._watched(method.training_step))
+
+    def _watched(self, step: Callable[..., None]) -> Callable[..., None]:
+        def watched(*args: Any) -> None:
+            enter = hooks.register_module_forward_pre_hook(self._enter)
+            leave = hooks.register_module_forward_hook(self._leave, always_call=True)
+            with self, enter, leave:
+                step(*args)
+
+        return watched
+
+    def _enter(self, module: torch.nn.Module, args: Any) -> None:
+        self.depth += 1
+
+    def _leave(self, module: torch.nn.Module, args: Any, out: Any) -> None:
+        self.depth -= 1
+        if isinstance(out, torch.Tensor):
+            self.networks.add(out.dtype)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        if self.depth == 0 and isinstance(out, torch.Tensor) and out.dtype in HALF and name not in self.shapes:
+            self.rounded.add(name)
+        return out
+
+
+class Runs:
+    """Short runs of a config, one in each precision, in a folder of their own."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.watches: dict[str, Watch] = {}
+        self.checkpoints: dict[str, dict[str, Any]] = {}
+        options = [*config.batches_of(8), "--data.updates_per_epoch=5", "--model.dim=16"]
+        for precision in ("32-true", *PRECISIONS):
+            with pytest.MonkeyPatch.context() as patch:
+                self.watches[precision] = Watch(config.method, patch)
+                self.checkpoints[precision] = fit(config, precision, *options, *in_precision(precision))
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.stem)
+def runs(request: pytest.FixtureRequest, mazes: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(mazes))
+        patch.chdir(folder)
+        return Runs(Config(request.param, epochs=1), folder)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_networks_alone_compute_in_16_bits_and_nothing_rounds_to_32_in_64(runs: Runs, precision: str) -> None:
+    watch, content = runs.watches[precision], runs.checkpoints[precision]
+    exact = torch.float64 if precision == "64-true" else torch.float32
+    low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}[precision]
+    assert low in watch.networks, "or the run was in another precision"
+    assert watch.losses == {exact} and not watch.rounded
+    state = dict(floats([content["state_dict"], content["optimizer_states"]]))
+    assert len(state) > 20 and any("ema" in name for name in state) and any("best" in name for name in state)
+    assert {x.dtype for name, x in state.items() if not name.endswith("/step")} == {exact}
+    assert all(bool(x.isfinite().all()) for name, x in state.items() if "best" not in name)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_was_trained_in_a_precision_is_evaluated_in_it_and_acts(
+    runs: Runs, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs.folder)
+    (last,) = Path("tb_logs").glob(f"*/*/{precision}/checkpoints/last.ckpt")
+    assert main(["validate", "--ckpt_path", str(last)]) == 0
+    agent = lit_diffrl.load(last)
+    assert {p.dtype for p in agent.parameters()} == {torch.float32}
+    assert agent.spec is not None
+    action = agent.act(np.zeros(agent.spec.obs_dim, dtype=np.float32))
+    assert action.dtype == np.float32 and np.isfinite(action).all()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-4), ("bf16-mixed", 1e-2), ("16-mixed", 3e-3)])
+def test_first_losses_are_those_of_float32(
+    runs: Runs, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise and batches are the same. Measured: 1e-5, 6e-3 and 1e-3 of a curve's largest value."""
+    monkeypatch.chdir(runs.folder)
+    exact, other = curves("32-true"), curves(precision)
+    assert exact.keys() == other.keys() and all(len(curve) == 5 for curve in exact.values())
+    for tag, curve in exact.items():
+        allowed = tolerance * (5 if tag.startswith("grad_norm/") else 1) * max(abs(value) for value in curve)
+        assert other[tag] == pytest.approx(curve, rel=0, abs=allowed), tag
+        assert other[tag] != curve, tag
+
+
+# ---------------------------------------------------------------- float16: the scale of the losses
+
+
+def descend(patch: pytest.MonkeyPatch, fused: bool) -> None:
+    """Train by plain gradient descent, whose updates have the length of the gradients."""
+
+    def configure(method: Diffuser) -> list[torch.optim.Optimizer]:
+        networks = (method.world_model, method.net)
+        return [torch.optim.SGD(network.parameters(), lr=1.0, fused=fused) for network in networks]
+
+    patch.setattr(Diffuser, "configure_optimizers", configure)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
+def test_gradients_are_clipped_without_the_scale(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 3 updates of a phase has length 0.01 at most: a scale left in, or taken out twice, would show."""
+    descend(monkeypatch, fused)
+    options = [*dmemm().batches_of(8), "--model.grad_clip=0.01", "--model.lr_decay=none"]
+    exact, other = (fit(dmemm(), name, *options, *in_precision(name)) for name in ("32-true", "16-mixed"))
+    for network in ("world_model.transition", "net"):
+        a, b = (
+            torch.cat([x.flatten() for name, x in run["state_dict"].items() if name.startswith(f"{network}.")])
+            for run in (exact, other)
+        )
+        assert 0 < (a - b).norm() < 0.1 * 0.01
+    for tag, curve in curves("32-true").items():
+        if tag.startswith("grad_norm/"):
+            assert min(curve) > 0.02 and curves("16-mixed")[tag] == pytest.approx(curve, rel=0.02)
+
+
+def steps(content: dict[str, Any]) -> list[int]:
+    """Steps that each optimizer has taken."""
+    return [int(next(iter(o["state"].values()))["step"]) for o in content["optimizer_states"]]
+
+
+def test_a_scale_that_is_too_large_costs_updates_but_not_the_run() -> None:
+    options = [*dmemm().batches_of(8), "--data.updates_per_epoch=30"]
+    content = fit(dmemm(), "a", *options, *in_precision("16-mixed", "device: cpu, init_scale: 1.0e+12"))
+    taken = steps(content)
+    assert 1 < taken[0] < 30 and 1 < taken[1] <= 30, "infinite gradients are skipped, finite ones are not"
+    assert content["MixedPrecision"]["scale"] == pytest.approx(1e12 / 2 ** (60 - sum(taken)))
+    assert all(bool(x.isfinite().all()) for _, x in floats(content["optimizer_states"]))
+    curve = curves("a")["loss/dynamics"]
+    assert len(set(curve[: 30 - taken[0]])) > 1 and curve[-1] < curve[0]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_in_float16_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = WindowData.draw
+
+    def spoiled(data: WindowData, phase: Any, place: Any) -> Any:
+        batch = draw(data, phase, place)
+        return batch if place.epoch == 0 else batch._replace(trajectory=batch.trajectory * float("nan"))
+
+    monkeypatch.setattr(WindowData, "draw", spoiled)
+    assert main(["fit", *dmemm().options, "--run", "a", *in_precision("16-mixed")]) == 2
+    assert "phase diffusion, epoch 1, update 0" in capsys.readouterr().err
+
+
+def test_gradients_that_are_infinite_at_any_scale_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backward = Method.manual_backward
+
+    def spoiled(method: Method, loss: torch.Tensor) -> None:
+        backward(method, loss)
+        for parameter in method.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(float("inf"))
+
+    monkeypatch.setattr(Method, "manual_backward", spoiled)
+    options = [*dmemm().options, "--data.updates_per_epoch=250", "--trainer.log_every_n_steps=250"]
+    assert main(["fit", *options, "--run", "a", *in_precision("16-mixed")]) == 2
+    assert "loss scale is not finite" in capsys.readouterr().err
+
+
+def test_a_resumed_run_goes_on_with_its_scale() -> None:
+    """Which doubles at every third update that is finite: in a run that began anew it would be another."""
+    precision = in_precision("16-mixed", "device: cpu, growth_interval: 3, init_scale: 64.0")
+    options = ["--data.updates_per_epoch=4", *precision]
+    whole = fit(dmemm(), "whole", *options)
+    fit(dmemm(), "parts", *options, "--trainer.max_epochs=1")
+    parts = fit(dmemm(), "parts", *options, "--ckpt_path", "last")
+    assert whole["MixedPrecision"] == parts["MixedPrecision"] and whole["MixedPrecision"]["scale"] == 64.0 * 4
+    for a, b in zip(floats(whole["state_dict"]), floats(parts["state_dict"]), strict=True):
+        assert torch.equal(a[1], b[1]), a[0]
+
+
+def test_small_gradients_survive_the_two_passes_of_a_chain() -> None:
+    """The first pass ends at the denoised plan: its own backward pass needs the scale, too."""
+    options = [*dmemm().batches_of(64), "--data.updates_per_epoch=1", "--model.n_diffusion_steps=8"]
+    options += ["--model.x0_estimate=chain_ddim", "--model.chain.compute=exact_two_pass"]
+    norms = {}
+    for precision in ("32-true", "16-mixed"):
+        fit(dmemm(), precision, *options, "--model.lambda_tr=1e-4", *in_precision(precision))
+        norms[precision] = curves(precision)["grad_norm/diffusion"]
+    assert norms["16-mixed"] == pytest.approx(norms["32-true"], rel=2e-3)
+
+
+# ---------------------------------------------------------------- what is not accepted
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "transformer-engine", "bf16-tru"])
+def test_other_precisions_are_refused_before_anything_is_read(
+    precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "nowhere")
+    assert main(["fit", *dmemm().options, "--trainer.precision", precision]) == 2
+    line = capsys.readouterr().err
+    assert "precision" in line and precision in line and "bf16-mixed" in line and "64-true" in line
+    assert not Path("tb_logs").exists() and not Path("nowhere").exists()
+
+
+def test_other_precisions_are_refused_without_the_command_line_too() -> None:
+    data = WindowData("lit_diffrl/pointmaze/umaze-v0", horizon=8)
+    trainer = Trainer(precision="bf16-true", accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match=r"precision bf16-true does not train.*Accepted: 32-true"):
+        trainer.fit(Diffuser(horizon=8, diffusion_epochs=1), datamodule=data)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["32-true", *PRECISIONS])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_gpu_trains_in_every_precision(path: Path, precision: str) -> None:
+    config = Config(path, epochs=1)
+    content = fit(config, "a", "--trainer.accelerator=gpu", "--trainer.devices=1", "--trainer.precision", precision)
+    assert ("MixedPrecision" in content) == (precision == "16-mixed")
+    (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    agent = lit_diffrl.load(last)
+    assert agent.spec is not None
+    assert np.isfinite(agent.act(np.zeros(agent.spec.obs_dim, dtype=np.float32))).all()
