@@ -98,5 +98,9 @@ class Draws:
         size = len(like) * self.place.world_size
         return torch.randint(low, high, (size,), **self._where(like))[self.place.share(size)]
 
+    def coin(self) -> int:
+        """0 or 1, the same in all processes; read from the update's seed, so that no device is waited for."""
+        return self.place.seed() >> 40 & 1
+
     def _where(self, x: Tensor) -> dict[str, Any]:
         return {"generator": self._generator, "device": x.device}

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ from lit_diffrl.seeding import Draws, Place, global_seed
 
 CHECKPOINT_KEY = "lit_diffrl"
 Options = TypeVar("Options")
+AnyMethod = TypeVar("AnyMethod", bound="Method")
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,27 @@ class Method(LightningModule):
             before = checkpoint.get("datamodule_hyper_parameters", {})
             now = self.trainer.datamodule.hparams  # type: ignore[attr-defined]
             refuse_other_arguments("data", self.fixed_data_arguments, before, now)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls: type[AnyMethod], checkpoint_path: str | Path, map_location: Any = "cpu", **kwargs: Any
+    ) -> AnyMethod:
+        """As :func:`lit_diffrl.load`; Lightning's own calls what the file names, and imports it before.
+
+        Args:
+            checkpoint_path: A file written by ``fit``.
+            map_location: Where to put the networks.
+            kwargs: Arguments of the method in place of those saved.
+
+        Raises:
+            ConfigError: As :func:`lit_diffrl.load`, or when the checkpoint is of another method.
+        """
+        from lit_diffrl.methods.loading import load_agent
+
+        agent = load_agent(checkpoint_path, map_location or "cpu", **kwargs)
+        if not isinstance(agent, cls):
+            raise ConfigError(f"{checkpoint_path} is a checkpoint of {type(agent).__name__}, not of {cls.__name__}")
+        return agent
 
     # ---------------------------------------------------------------- agent
 

@@ -15,8 +15,9 @@ class EMA(nn.Module):
     """A slowly following copy of a network, to be used wherever the network is evaluated.
 
     The copy is touched at every ``every``-th optimiser step. Before step ``start`` it is overwritten by the
-    weights; from then on ``ema <- ema + (1 - decay)(weights - ema)``. The defaults are Diffuser's and average
-    over about ``every / (1 - decay) = 2000`` steps; ``every=1, start=0`` is the plain moving average.
+    weights (or stays as it is made: ``hold``); from then on ``ema <- ema + (1 - decay)(weights - ema)``. The
+    defaults are Diffuser's and average over about ``every / (1 - decay) = 2000`` steps; ``every=1, start=0`` is the
+    plain moving average.
 
     Attributes:
         net: The copy: in evaluation mode, without gradients.
@@ -25,7 +26,16 @@ class EMA(nn.Module):
 
     count: Tensor
 
-    def __init__(self, net: nn.Module, decay: float = 0.995, every: int = 10, start: int = 2000) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        decay: float = 0.995,
+        every: int = 10,
+        start: int = 2000,
+        *,
+        offset: int = 0,
+        hold: bool = False,
+    ) -> None:
         """Copy the network.
 
         Args:
@@ -33,6 +43,8 @@ class EMA(nn.Module):
             decay: Share of the old average kept by an update, in ``[0, 1)``.
             every: Optimiser steps between updates.
             start: Optimiser step from which updates average instead of overwriting.
+            offset: Step, below ``every``, from which ``every`` counts.
+            hold: Leave the initial copy alone until ``start``, as Diffusion-QL's and EDP's policies do.
 
         Raises:
             ConfigError: For a number out of range.
@@ -41,7 +53,8 @@ class EMA(nn.Module):
         check_range("EMA decay", decay, 0, 1, high_open=True)
         check_range("EMA every", every, 1)
         check_range("EMA start", start, 0)
-        self.decay, self.every, self.start = decay, every, start
+        check_range("EMA offset", offset, 0, every - 1)
+        self.decay, self.every, self.start, self.offset, self.hold = decay, every, start, offset, hold
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self._steps = 0  # the same number on the host: reading the buffer would wait for the device
@@ -60,7 +73,7 @@ class EMA(nn.Module):
         """
         self._steps += 1
         self.count += 1
-        if self._steps % self.every:
+        if self._steps % self.every != self.offset % self.every or (self.hold and self._steps < self.start):
             return
         average: list[Tensor] = list(self.net.parameters())
         weights: list[Tensor] = list(net.parameters())
