@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from lit_diffrl.errors import ConfigError
+from lit_diffrl.errors import ConfigError, nearest
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -61,6 +62,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Load a checkpoint as data; ``weights_only`` is always true."""
         return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def read_plain(path: str | Path) -> Any:
+    """Read what torch saved as data only, tensors and plain values: nothing in the file is executed.
+
+    Raises:
+        ConfigError: When there is no such file, or it is torn or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.ckpt"))
+        hint = nearest(path.name, there) or (f"the folder has {', '.join(there)}" if there else "")
+        raise ConfigError(f"no checkpoint at {path}" + (f"; {hint}" if hint else "; train one with 'fit' first"))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for torn, foreign and unsafe files
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        others = sorted(str(p) for p in path.parent.glob("*.ckpt") if p.name != path.name)
+        advice = f"there is also {others[0]}" if others else "there is no other one beside it: train again"
+        raise ConfigError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); it may be "
+            f"torn or hold more than tensors and plain values; {advice}"
+        ) from error
+
+
+def own_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments among saved hyperparameters, without those in which Lightning names classes and functions."""
+    return {k: v for k, v in saved.items() if not k.startswith("_")}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -89,6 +89,11 @@ def _episode_rows(place: str, episode: Any, keys: list[str] | None, goal_key: st
 
     def rows(name: str, value: Any, count: int, ndim: int | None = None) -> np.ndarray:
         array = np.asarray(value)
+        if array.dtype.kind not in "fiub":
+            raise DataError(
+                f"{place}: {name} is of type {array.dtype}, expected plain numbers; other objects are not read, since "
+                "they may hide code: record that episode again"
+            )
         if array.ndim == 0 or len(array) != count or ndim not in (None, array.ndim):
             raise DataError(
                 f"{place}: {name} has shape {array.shape}, expected {count} rows{' of vectors' if ndim == 2 else ''} "

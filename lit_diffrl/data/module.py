@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lit_diffrl.checkpoint_io import own_arguments, read_plain
 from lit_diffrl.data.episodes import Episodes
 from lit_diffrl.data.normalizers import Normalizer
 from lit_diffrl.data.sources import SourceInfo, load_source, prepare_source
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.stream import BatchStream, Blocks
+from lit_diffrl.errors import ConfigError
 from lit_diffrl.seeding import Place
+
+AnyData = TypeVar("AnyData", bound="OfflineData")
 
 
 class OfflineData(LightningDataModule):
@@ -56,6 +61,28 @@ class OfflineData(LightningDataModule):
         raise NotImplementedError
 
     # ---------------------------------------------------------------- loading
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls: type[AnyData], checkpoint_path: str | Path, **kwargs: Any
+    ) -> AnyData:
+        """The data module of a run, with its arguments; Lightning's own calls what the file names.
+
+        Args:
+            checkpoint_path: A file written by ``fit``.
+            kwargs: Arguments in place of those saved.
+
+        Raises:
+            ConfigError: When the file is no checkpoint, or holds the arguments of another data module.
+        """
+        content = read_plain(checkpoint_path)
+        saved = content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) if isinstance(content, dict) else None
+        if not isinstance(saved, dict):
+            raise ConfigError(f"{checkpoint_path} holds no arguments of a data module; give a checkpoint of a run")
+        try:
+            return cls(**own_arguments(saved) | kwargs)
+        except TypeError as error:
+            raise ConfigError(f"{checkpoint_path} is not of a run with {cls.__name__} ({error})") from error
 
     def prepare_data(self) -> None:
         """Download or collect the data once, on the first process."""
