@@ -175,6 +175,12 @@ def test_a_data_file_trains_by_the_command_it_shows(path: Path) -> None:
     assert checkpoint["datamodule_hyper_parameters"]["dataset"] == dataset
 
 
+@pytest.mark.parametrize("path", [p for p in OVERLAYS if "-multi" not in p.name], ids=name)
+def test_a_data_file_names_a_dataset_and_no_more_so_that_it_fits_every_method(path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    assert content == {"data": {"init_args": {"dataset": content["data"]["init_args"]["dataset"]}}}
+
+
 def test_two_processes_train_by_conf_trainer_ddp() -> None:
     options = shortened(["conf/dmemm.yaml"])
     driver = (
