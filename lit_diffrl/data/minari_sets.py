@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,12 +67,11 @@ def load_minari(dataset_id: str, folder: Path, obs_keys: list[str] | None) -> tu
     arrays = {name: np.concatenate(parts) for name, parts in found.items()}
 
     env_spec = _evaluation_env(metadata)
-    refs = [metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
-    has_refs = None not in refs and refs[0] != refs[1]
+    ref_min, ref_max = _reference_returns(dataset_id, metadata)
     info = SourceInfo(
         env_spec=None if env_spec is None else json.dumps(env_spec),
-        ref_min=float(refs[0]) if has_refs else None,
-        ref_max=float(refs[1]) if has_refs else None,
+        ref_min=ref_min,
+        ref_max=ref_max,
         max_episode_steps=None if env_spec is None else env_spec.get("max_episode_steps"),
         obs_keys=keys,
         goal_key=goal_key,
@@ -174,6 +174,20 @@ def _observation_keys(dataset_id: str, space: Any, obs_keys: list[str] | None) -
         if not isinstance(space[key], Box):
             raise DataError(f"{dataset_id}: observations[{key!r}] are {space[key]}; a state needs vectors, Box(dim,)")
     return keys, "desired_goal" if isinstance(space.spaces.get("desired_goal"), Box) else None
+
+
+def _reference_returns(dataset_id: str, metadata: Mapping[str, Any]) -> tuple[float, float] | tuple[None, None]:
+    """Returns that score 0 and 100; none when the metadata lacks one, or both are the same."""
+    found = [metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+    if None in found:
+        return None, None
+    low, high = (float(x) if isinstance(x, int | float) and math.isfinite(x) else None for x in found)
+    if low is None or high is None or low > high:
+        raise DataError(
+            f"{dataset_id}: ref_min_score is {found[0]!r} and ref_max_score {found[1]!r}; they must be finite numbers, "
+            "the returns of a random and of a reference policy: correct them in data/metadata.json, or remove them"
+        )
+    return (low, high) if low < high else (None, None)
 
 
 def _evaluation_env(metadata: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -69,7 +69,7 @@ def prepare_source(dataset: str | list[str], *, obs_keys: list[str] | None = Non
 def _names(dataset: str | list[str], obs_keys: list[str] | None, env: str | None) -> list[str]:
     """Split a union into its parts and check that the options apply to them."""
     if isinstance(dataset, str):
-        names = [dataset] if Path(dataset).is_file() else dataset.split("+")
+        names = [dataset] if _is_file(dataset) and Path(dataset).is_file() else dataset.split("+")
     else:
         names = list(dataset)
     names = [name.strip() for name in names]
@@ -88,6 +88,8 @@ def _is_file(name: str) -> bool:
 
 def _existing_file(name: str) -> str:
     path = Path(name).expanduser()
+    if path.is_dir():
+        raise ConfigError(f"dataset file {name} is a folder; give the path of a D4RL file")
     if not path.is_file():
         siblings = [str(p) for pattern in ("*.hdf5", "*.h5") for p in path.parent.glob(pattern)]
         hint = nearest(str(path), siblings) or "give the path of a D4RL file"

@@ -45,8 +45,8 @@ class SourceInfo:
 
 
 def constant_goal(goals: np.ndarray | None) -> list[float] | None:
-    """The goal ``(dim,)`` of rows ``(n, dim)``, if it is the same (to 1e-6) in all of them."""
-    if goals is None or np.ptp(goals, axis=0).max(initial=0.0) > 1e-6:
+    """The goal ``(dim,)`` of rows ``(n, dim)``, if it is finite and the same (to 1e-6) in all of them."""
+    if goals is None or not np.isfinite(goals).all() or np.ptp(goals, axis=0).max(initial=0.0) > 1e-6:
         return None
     return [float(value) for value in goals[0]]
 

@@ -64,6 +64,20 @@ def test_environment_and_references_come_from_the_metadata(make_minari):
     check_env(info.env_spec)
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, np.nan), (-np.inf, 1.0), (1.0, 0.0), ("0", 1.0), (0.0, [1.0]), ({}, 1.0)]
+)
+def test_reference_returns_that_give_no_scores_are_refused(make_minari, low, high):
+    with pytest.raises(DataError, match=r"test/point-v0: ref_min_score is .* must be finite numbers"):
+        load_source(make_minari(ref_min_score=low, ref_max_score=high))
+
+
+@pytest.mark.parametrize(("low", "high"), [(None, 1.0), (2.0, None), (0.0, 0.0)])
+def test_without_two_reference_returns_there_are_no_scores(make_minari, low, high):
+    _, info = load_source(make_minari(ref_min_score=low, ref_max_score=high))
+    assert (info.ref_min, info.ref_max) == (None, None)
+
+
 def test_the_evaluation_environment_comes_first(make_minari):
     name = make_minari(obs_dim=11, action_dim=3, env="Hopper-v5", eval_env="Hopper-v4")
     assert json.loads(load_source(name)[1].env_spec or "{}")["id"] == "Hopper-v4"
@@ -95,6 +109,11 @@ def test_a_goal_that_changes_is_no_goal_of_the_data(make_minari):
         arrays["observations"]["desired_goal"][-1] += i
 
     _, info = load_source(make_minari(dict_obs=True, edit=move))
+    assert info.goal is None and info.goal_key == "desired_goal"
+
+
+def test_a_goal_that_is_not_finite_is_no_goal_of_the_data(make_minari):
+    _, info = load_source(make_minari(dict_obs=True, goal=(np.nan, 0.0)))
     assert info.goal is None and info.goal_key == "desired_goal"
 
 
@@ -275,6 +294,12 @@ def test_options_apply_to_their_kind_of_data_only(make_minari, tmp_path):
     for empty in ("", [], "test/point-v0+"):
         with pytest.raises(ConfigError, match="empty part"):
             load_source(empty)
+
+
+def test_a_folder_is_no_file(tmp_path: Path):
+    (tmp_path / "hopper.hdf5").mkdir()
+    with pytest.raises(ConfigError, match=r"hopper.hdf5 is a folder; give the path of a D4RL file"):
+        prepare_source(str(tmp_path / "hopper.hdf5"))
 
 
 def test_a_missing_file_is_named_with_its_neighbours(tmp_path: Path):
