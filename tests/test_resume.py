@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +118,19 @@ def test_a_run_killed_at_random_moments_ends_like_one_left_alone(
         assert_same_runs(folder, whole)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids=lambda n: f"{n} times")
+@pytest.mark.parametrize(
+    "moments", [(1, 3, 12), pytest.param(range(1, 21), marks=pytest.mark.slow)], ids=lambda m: f"{len(m)} times"
+)
 def test_a_run_killed_while_it_saves_ends_like_one_left_alone(
-    launch: Launch, whole: Path, tmp_path: Path, kills: int
+    launch: Launch, whole: Path, tmp_path: Path, moments: Iterable[int]
 ) -> None:
-    """First before anything is saved; then with a checkpoint written, not renamed; renamed; between best and last."""
+    """Before anything is saved; with the first checkpoint written, not renamed; with the best saved, not the last."""
     folder = folder_of_a_run(tmp_path, "a")
-    for kill in range(kills):
-        process = launch(*resume_or_begin(folder), folder=folder, dies=2 + kill % 9)
-        assert process.wait() == -signal.SIGKILL, process.out
+    for moment in moments:
+        process = launch(*resume_or_begin(folder), folder=folder, dies=moment)
+        if process.wait() == 0:  # it had less left to save
+            break
+        assert process.code == -signal.SIGKILL, process.out
     process = launch(*resume_or_begin(folder), folder=folder)
     assert process.wait() == 0, process.out
     assert_same_runs(folder, whole)
@@ -210,11 +215,24 @@ def send(number: int) -> None:
         os.kill(os.getpid(), number)
 
 
+DRIVER = """
+import subprocess, sys
+from lit_diffrl.__main__ import main
+begin, begun = subprocess.Popen, []
+subprocess.Popen = lambda *a, **k: begun.append(begin(*a, **k)) or begun[-1]
+code = main()
+others = [process.wait() for process in begun if "driver.py" in str(process.args)]
+print("the others ended with", others)
+sys.exit(code)
+"""
+
+
 def test_two_processes_stop_together_when_the_first_is_told_to(mazes: Path, tmp_path: Path) -> None:
     folder = folder_of_a_run(tmp_path, "a")
     root = Path(__file__).parents[1]
+    (folder / "driver.py").write_text(DRIVER)
     more = ("--data.updates_per_epoch", "10000", "--trainer.accelerator", "cpu")
-    command = [sys.executable, "-m", "lit_diffrl", *FIT, "--config", str(root / "conf/trainer/ddp.yaml"), *more]
+    command = [sys.executable, "driver.py", *FIT, "--config", str(root / "conf/trainer/ddp.yaml"), *more]
     path = f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(mazes)}
     pipe = subprocess.PIPE
@@ -224,10 +242,10 @@ def test_two_processes_stop_together_when_the_first_is_told_to(mazes: Path, tmp_
             time.sleep(0.05)
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        # Both have ended once nobody writes to the pipe any more.
         out = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, out
     assert out.count("SIGTERM: saving and stopping after this update") == 1 and "Traceback" not in out
+    assert "the others ended with [0]" in out, "the Trainer kills the first process when another ends with an error"
     progress = torch.load(folder / LAST, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     assert 0 < progress["total"]["completed"] == progress["total"]["ready"] < 10_000
 
@@ -250,3 +268,27 @@ def test_a_run_out_of_disk_ends_like_one_left_alone_once_there_is_room(
     process = launch("fit", "--ckpt_path", "last", folder=folder)
     assert process.wait() == 0, process.out
     assert_same_runs(folder, whole)
+
+
+# ---------------------------------------------------------------- seeds
+
+
+def test_a_run_goes_on_with_its_seed_and_a_branch_may_have_another(
+    whole: Path, mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "a")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    before = LAST.read_bytes()
+    assert main(["fit", "--ckpt_path", "last", "--seed_everything", "2"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "continues a run of seed 1, got 2" in line and "--seed_everything 1" in line and "--run NAME" in line
+    ends = []
+    for name, seed in (("b", 1), ("c", 2)):
+        branch = ["--model.diffusion_epochs", "5", "--ckpt_path", str(LAST), "--run", name]
+        assert main([*FIT, *branch, "--seed_everything", str(seed)]) == 0
+        content = torch.load(RUN.parent / name / "checkpoints/last.ckpt", weights_only=True)
+        assert content["epoch"] == 6 and content["lit_diffrl"]["seed"] == seed
+        ends.append(torch.cat([x.flatten().double() for x in content["state_dict"].values()]))
+    assert not torch.equal(*ends)
+    assert LAST.read_bytes() == before

@@ -54,7 +54,9 @@ class Learner(LightningModule):
         self.manual_backward(-self.updates)
         self._at("update", batch_idx)
         optimizer.step()
-        self.log("updates", self.updates.detach())
+        # Not self.log, after which the Trainer lets the logger write at once.
+        update = self.current_epoch * UPDATES + batch_idx
+        self.logger.experiment.log_metrics({"updates": self.updates.detach()}, update)  # type: ignore[union-attr]
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         self._at("evaluation")
@@ -107,9 +109,14 @@ def stopped(folder: Path, *signals: int, at: Place) -> Learner:
     return learner
 
 
+def saved(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return content
+
+
 def saved_updates(folder: Path) -> float | None:
-    path = folder / "checkpoints" / "last.ckpt"
-    return float(torch.load(path, weights_only=True)["state_dict"]["updates"]) if path.exists() else None
+    there = (folder / "checkpoints" / "last.ckpt").exists()
+    return float(saved(folder)["state_dict"]["updates"]) if there else None
 
 
 # ---------------------------------------------------------------- when
@@ -134,11 +141,14 @@ def test_the_update_under_way_is_finished_and_saved_and_an_evaluation_too(
     learner = stopped(tmp_path, number, at=at)
     assert learner.done[-1] == last
     assert saved_updates(tmp_path) == updates
+    if updates is not None:
+        progress = saved(tmp_path)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        assert set(progress["total"].values()) == {updates}
+        assert progress["is_last_batch"] == (updates % UPDATES == 0)
 
 
-def test_the_points_of_the_last_update_are_written_before_it_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_drawn_is_written_before_the_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed once it has saved would lose it otherwise."""
     seen: list[str] = []
     save = Trainer.save_checkpoint
 
@@ -147,8 +157,9 @@ def test_the_points_of_the_last_update_are_written_before_it_is_saved(
         save(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "save_checkpoint", spy)
-    stopped(tmp_path, signal.SIGTERM, at=("update", 0, 2))
-    assert [line.split(",")[1] for line in seen[-1].splitlines()] == ["step", "0", "1", "2"]
+    stopped(tmp_path, signal.SIGTERM, at=("update", 1, 2))
+    steps = [[int(line.split(",")[0]) for line in text.splitlines()[1:]] for text in seen]
+    assert steps == [list(range(UPDATES)), list(range(UPDATES + 3))]
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_what_was_saved(tmp_path: Path) -> None:
