@@ -33,6 +33,8 @@ TWO += ["--trainer.strategy.init_args.timeout", "0:02:00"]
 EPISODES = 3
 CHAINS = "--model.x0_estimate chain_ddim --model.n_diffusion_steps 8 --model.chain.chunk 5 --model.chain.compute"
 
+MEAN_1 = "--model.weighting.unit_mean true --model.weighting.mode minmax"
+
 
 class Trace(NamedTuple):
     """What a process saw of a run, and what it had in the end."""
@@ -212,14 +214,14 @@ def short(name: str) -> Config:
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        pytest.param("dmemm", "--model.weighting.unit_mean true --model.weighting.mode minmax", id="mean weight 1"),
+        pytest.param("dmemm", f"{MEAN_1} {CHAINS} exact_two_pass", id="mean weight 1, exact_two_pass"),
         pytest.param(
             "diffuser",
             "--data.horizon 8 --model.value_epochs 1 --model.world_model_epochs 0 --model.guide.kind value "
             "--model.plan.rank_by value --model.dim 32 --config once.yaml",
             id="return regressor",
         ),
-        pytest.param("dmemm", f"{CHAINS} exact_two_pass", id="exact_two_pass"),
+        pytest.param("dmemm", MEAN_1, id="mean weight 1", marks=pytest.mark.slow),
         pytest.param("dmemm", f"{CHAINS} checkpointed", id="checkpointed", marks=pytest.mark.slow),
         pytest.param("dmemm", f"{CHAINS} exact_batched", id="exact_batched", marks=pytest.mark.slow),
     ],
