@@ -78,7 +78,7 @@ def read_plain(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for torn, foreign and unsafe files
-        reason = str(error).partition("\n")[0] or "it ends too early"
+        reason = str(error).partition("\n")[0].partition(". ")[0] or "it ends too early"
         others = sorted(str(p) for p in path.parent.glob("*.ckpt") if p.name != path.name)
         advice = f"there is also {others[0]}" if others else "there is no other one beside it: train again"
         raise ConfigError(
