@@ -28,9 +28,19 @@ def cosine_betas(num_steps: int) -> Tensor:
 
 
 def linear_betas(num_steps: int) -> Tensor:
-    """Linear schedule 1e-4..0.02 of DDPM, times ``1000 / K`` so that any K adds the noise of 1000 steps."""
-    betas = torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64)
-    return (betas * 1000 / num_steps).clip(0, MAX_BETA)
+    """Linear schedule 1e-4..0.02 of DDPM, times ``1000 / K`` so that any K adds the noise of 1000 steps.
+
+    Meant for ``K > 20``: below, the last steps would add a variance of 1 or more and are held at 0.999.
+    """
+    return (unscaled_linear_betas(num_steps) * 1000 / num_steps).clip(0, MAX_BETA)
+
+
+def unscaled_linear_betas(num_steps: int) -> Tensor:
+    """Linear schedule 1e-4..0.02 for any K: with a small K little noise is added, and ``x_K`` is not N(0, I).
+
+    What Diffusion-QL's code calls ``linear``; at K = 5 it leaves ``alpha_bar_K = 0.95`` of the signal's variance.
+    """
+    return torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64)
 
 
 def vp_betas(num_steps: int) -> Tensor:
@@ -44,7 +54,12 @@ def vp_betas(num_steps: int) -> Tensor:
     return 1 - torch.exp(-low / num_steps - 0.5 * (high - low) * (2 * k - 1) / num_steps**2)
 
 
-BETAS: dict[str, Callable[[int], Tensor]] = {"cosine": cosine_betas, "linear": linear_betas, "vp": vp_betas}
+BETAS: dict[str, Callable[[int], Tensor]] = {
+    "cosine": cosine_betas,
+    "linear": linear_betas,
+    "linear_unscaled": unscaled_linear_betas,
+    "vp": vp_betas,
+}
 
 
 class Schedule(nn.Module):
@@ -80,7 +95,7 @@ class Schedule(nn.Module):
         """Build the tables.
 
         Args:
-            kind: ``cosine``, ``linear`` or ``vp``.
+            kind: ``cosine``, ``linear`` (for more than 20 steps), ``linear_unscaled`` or ``vp``.
             num_steps: Number of diffusion steps K, at least 1.
             dtype: Type of the tables, float32 or float64.
 

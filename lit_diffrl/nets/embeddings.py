@@ -11,17 +11,20 @@ from lit_diffrl.errors import ConfigError
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Sines, then cosines, of a number at geometrically spaced frequencies from 1 to 1e-4.
+    """Sines and cosines of a number at geometrically spaced frequencies from 1 down to 1e-4.
 
-    The positional encoding of Vaswani et al. (2017, section 3.5) in the layout of DDPM: frequency ``i`` of
-    ``n = dim / 2`` is ``10000^(-i / (n - 1))``.
+    The positional encoding of Vaswani et al. (2017, section 3.5). Frequency ``i`` of ``n = dim / 2`` is
+    ``10000^(-i / (n - 1))`` in the layout of DDPM, sines first.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, cosines_first: bool = False, reach_end: bool = True) -> None:
         """Create the embedding.
 
         Args:
             dim: Size of the embedding: even, at least 4.
+            cosines_first: Put the cosines before the sines.
+            reach_end: Let the last frequency be 1e-4; otherwise divide the exponent by ``n``, so that it comes
+                next.
 
         Raises:
             ConfigError: For any other ``dim``.
@@ -29,11 +32,14 @@ class SinusoidalEmbedding(nn.Module):
         super().__init__()
         if dim < 4 or dim % 2:
             raise ConfigError(f"embedding size must be an even number >= 4 (sines and cosines), got {dim}")
-        self.dim = dim
+        self.dim, self.cosines_first, self.reach_end = dim, cosines_first, reach_end
 
     def forward(self, j: Tensor) -> Tensor:
-        """Embed numbers ``j (B,)``, integer or real, as float32 ``(B, dim)``."""
+        """Embed numbers ``j (B,)``, integer or real, as float32 or better ``(B, dim)``."""
         # Computed, not stored: a buffer would be rounded when the network is cast to half precision
-        index = torch.arange(self.dim // 2, device=j.device, dtype=torch.float32)
-        angle = j.float()[:, None] * torch.exp(index * (-math.log(10000) / (self.dim // 2 - 1)))
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+        half = self.dim // 2
+        dtype = torch.promote_types(j.dtype, torch.float32)
+        index = torch.arange(half, device=j.device, dtype=dtype)
+        angle = j.to(dtype)[:, None] * torch.exp(index * (-math.log(10000) / (half - self.reach_end)))
+        pair = angle.sin(), angle.cos()
+        return torch.cat(pair[::-1] if self.cosines_first else pair, dim=-1)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.nets.activations import ACTIVATIONS
+from lit_diffrl.nets.linear import batched_linear
 
 Members = Tensor | slice
 
@@ -49,11 +50,15 @@ class EnsembleLinear(nn.Module):
         Returns:
             ``(M, B, out)``, M the number of members evaluated.
         """
+        return batched_linear(x, *self.parameters_of(members))
+
+    def parameters_of(self, members: Members | None = None) -> tuple[Tensor, Tensor]:
+        """Weight and bias: the parameters, or those of some members as constants."""
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         if members is not None:
             weight, bias = weight.detach()[members], bias.detach()[members]
-        return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
+        return weight, bias
 
 
 class EnsembleMLP(nn.Module):

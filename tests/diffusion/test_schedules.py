@@ -10,7 +10,7 @@ from lit_diffrl.diffusion import Schedule
 from lit_diffrl.errors import ConfigError
 
 TABLES = ["beta", "alpha", "alpha_bar", "signal", "noise", "u", "c1", "c2", "posterior_var"]
-KINDS = ["cosine", "linear", "vp"]
+KINDS = ["cosine", "linear", "linear_unscaled", "vp"]
 
 
 def exact(kind: str, num_steps: int) -> Schedule:

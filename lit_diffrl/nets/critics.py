@@ -1,0 +1,144 @@
+"""Value functions: independent critics of actions, and of states."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_diffrl.errors import check_choice, check_range
+from lit_diffrl.nets.activations import ACTIVATIONS
+from lit_diffrl.nets.ensemble import EnsembleLinear, Members
+from lit_diffrl.nets.linear import batched_linear
+from lit_diffrl.nets.mlp import MLP
+
+
+class TwinQ(nn.Module):
+    """Independent critics ``Q(s, a)``, two unless told otherwise, each a perceptron on state and action.
+
+    The weights of one layer are one parameter with the members first: one product on a GPU, one optimizer entry. On a
+    CPU it costs what separate layers cost (update and backward of two critics of 3 x 256 on 256 rows, one thread: 3.9
+    against 3.8 ms; with MKL's products 5.5 either way).
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden: int = 256,
+        layers: int = 3,
+        activation: str = "mish",
+        members: int = 2,
+        layer_norm: bool = False,
+        orthogonal: bool = False,
+    ) -> None:
+        """Create the critics, each with the initial weights of ``nn.Linear``.
+
+        Args:
+            obs_dim: Size of the state.
+            action_dim: Size of the action.
+            hidden: Width of the hidden layers.
+            layers: Number of hidden layers.
+            activation: ``mish``, ``relu`` or ``silu``.
+            members: Number of critics.
+            layer_norm: Normalise each hidden layer before its activation.
+            orthogonal: Orthogonal weights of gain sqrt(2), 0.01 in the last layer, and no bias (CQL's).
+
+        Raises:
+            ConfigError: For an unknown activation or a size out of range.
+        """
+        super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
+        check_range("hidden layers", layers, 1)
+        check_range("critics", members, 1)
+        self.obs_dim = obs_dim
+        widths = [obs_dim + action_dim, *[hidden] * layers]
+        self.layers = nn.ModuleList(EnsembleLinear(members, i, o) for i, o in pairwise(widths))
+        self.norms = nn.ModuleList(EnsembleNorm(members, hidden) for _ in range(layers if layer_norm else 0))
+        self.head = EnsembleLinear(members, hidden, 1)
+        self.activation = ACTIVATIONS[activation]()
+        if orthogonal:
+            for layer in self.layers:
+                _orthogonal(layer, math.sqrt(2))
+            _orthogonal(self.head, 0.01)
+
+    def forward(self, obs: Tensor, action: Tensor, members: Members | None = None) -> Tensor:
+        """Values of actions.
+
+        Args:
+            obs: States ``(B, S)``.
+            action: Actions ``(B, A)``, or ``(B, N, A)``: N in each state, whose own part is computed once.
+            members: Ask only these, e.g. ``slice(None)``, with their weights as constants: gradients reach ``obs`` and
+                ``action`` and nothing else.
+
+        Returns:
+            ``(M, B)`` or ``(M, B, N)``, M the number of critics asked; float32 or better.
+        """
+        h = self._first(obs, action.reshape(len(obs), -1, action.shape[-1]), members)
+        for i, layer in enumerate(self.layers):
+            h = h if i == 0 else layer(h, members)
+            h = self.norms[i](h, members) if self.norms else h
+            h = self.activation(h)
+        q = _promoted(self.head(h, members))
+        return q.reshape(len(q), *action.shape[:-1])
+
+    def _first(self, obs: Tensor, action: Tensor, members: Members | None) -> Tensor:
+        """The first layer ``(M, B N, H)`` on states ``(B, S)`` and actions ``(B, N, A)``."""
+        layer, n = self.layers[0], action.shape[1]
+        assert isinstance(layer, EnsembleLinear)
+        if n == 1:
+            out: Tensor = layer(torch.cat([obs, action[:, 0]], dim=-1), members)
+            return out
+        weight, bias = layer.parameters_of(members)
+        of_obs = batched_linear(obs, weight[:, : self.obs_dim], bias)
+        of_action = batched_linear(action.flatten(0, 1), weight[:, self.obs_dim :])
+        return (of_action.unflatten(1, (-1, n)) + of_obs.unsqueeze(2)).flatten(1, 2)
+
+
+class ValueNet(nn.Module):
+    """State value ``V(s)``."""
+
+    def __init__(
+        self, obs_dim: int, hidden: int = 256, layers: int = 3, activation: str = "mish", layer_norm: bool = False
+    ) -> None:
+        """Create the layers; arguments as :class:`TwinQ`."""
+        super().__init__()
+        check_range("hidden layers", layers, 1)
+        self.net = MLP((obs_dim, *[hidden] * layers, 1), activation, layer_norm=layer_norm)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Values ``(B,)`` of states ``(B, S)``, float32 or better."""
+        return _promoted(self.net(obs)).squeeze(-1)
+
+
+class EnsembleNorm(nn.Module):
+    """Layer normalisation with a scale and a shift for each member: ``weight``, ``bias (M, 1, width)``."""
+
+    def __init__(self, members: int, width: int) -> None:
+        """Begin with scale 1 and shift 0."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(members, 1, width))
+        self.bias = nn.Parameter(torch.zeros(members, 1, width))
+
+    def forward(self, x: Tensor, members: Members | None = None) -> Tensor:
+        """Normalise ``x (M, B, width)``; ``members`` as EnsembleLinear."""
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if members is not None:
+            weight, bias = weight.detach()[members], bias.detach()[members]
+        return F.layer_norm(x, x.shape[-1:]) * weight + bias
+
+
+@torch.no_grad()
+def _orthogonal(layer: nn.Module, gain: float) -> None:
+    assert isinstance(layer, EnsembleLinear)
+    for weight in layer.weight:
+        nn.init.orthogonal_(weight, gain)
+    nn.init.zeros_(layer.bias)
+
+
+def _promoted(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
