@@ -69,7 +69,8 @@ def new_run(parent: Path, name: str | None) -> Path:
         ConfigError: If the folder already holds checkpoints, which the new run would overwrite.
     """
     if name is None:
-        stamp = name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        # To the millisecond: runs of a sweep begin in the same second.
+        stamp = name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
         twin = 1
         while (parent / name).exists():
             twin += 1

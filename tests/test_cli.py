@@ -323,7 +323,7 @@ def test_a_run_keeps_everything_in_its_folder(capsys: pytest.CaptureFixture[str]
 def test_the_default_name_is_the_time_and_never_taken_twice() -> None:
     assert fit() == 0 and fit() == 0
     names = [p.name for p in RUNS.iterdir()]
-    assert len(names) == 2 and all(re.match(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", n) for n in names)
+    assert len(names) == 2 and all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{3}(_2)?", n) for n in names)
 
 
 def test_epochs_follow_the_phases_unless_given() -> None:

@@ -100,7 +100,17 @@ def _existing_file(name: str) -> str:
 def _folder(dataset_id: str) -> Path:
     from minari.storage import get_dataset_path
 
-    return get_dataset_path(dataset_id)
+    try:
+        return get_dataset_path(dataset_id)  # makes the root
+    except OSError as error:
+        raise ConfigError(_unusable("used", error)) from error
+
+
+def _unusable(what: str, error: OSError) -> str:
+    return (
+        f"the folder of Minari datasets cannot be {what} ({error.strerror or error}: {error.filename}); set the "
+        "environment variable MINARI_DATASETS_PATH to a folder with room that may be written to"
+    )
 
 
 def _unknown(dataset_id: str, reason: str) -> ConfigError:
@@ -120,7 +130,10 @@ def _fetch(dataset_id: str) -> None:
     from lit_diffrl.data import pointmaze
 
     if dataset_id in pointmaze.DATASETS:
-        pointmaze.collect(dataset_id)
+        try:
+            pointmaze.collect(dataset_id)
+        except OSError as error:
+            raise DataError(f"{dataset_id} is not collected: {_unusable('written to', error)}") from error
         return
     if dataset_id.startswith(COLLECTED):
         raise _unknown(dataset_id, "not one of those collected here")

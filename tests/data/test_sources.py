@@ -277,6 +277,23 @@ def test_a_failed_download_costs_one_line(make_minari, monkeypatch):
         prepare_source("test/point-v9")
 
 
+def test_a_root_that_cannot_be_written_to_costs_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file"))
+    for act in (load_source, prepare_source):
+        with pytest.raises(ConfigError, match="cannot be used .*file.*; set the environment variable MINARI_DATASETS"):
+            act("lit_diffrl/pointmaze/umaze-v0")
+
+
+def test_a_full_disk_while_a_maze_is_collected_costs_one_line(minari_root, monkeypatch):
+    def fail(name: str) -> None:
+        raise OSError(28, "No space left on device", "walk.hdf5")
+
+    monkeypatch.setattr(pointmaze, "collect", fail)
+    with pytest.raises(DataError, match=r"umaze-v0 is not collected: .*No space left on device: walk.hdf5"):
+        prepare_source("lit_diffrl/pointmaze/umaze-v0")
+
+
 def test_mazes_are_collected_once_and_only_if_missing(minari_root, make_minari, monkeypatch):
     collected: list[str] = []
     monkeypatch.setattr(pointmaze, "collect", lambda name: collected.append(make_minari(name)))
