@@ -121,9 +121,9 @@ class Method(LightningModule):
         return self.spec is not None
 
     @property
-    def fixed_data_arguments(self) -> tuple[str, ...]:
-        """Arguments of the data module that decide what is learnt: a run that goes on keeps them."""
-        return ()
+    def free_data_arguments(self) -> tuple[str, ...]:
+        """Arguments of the data module that may change when a run goes on; all others decide what is learnt."""
+        return ("dataset", "obs_keys", "env", "batch_size", "updates_per_epoch")  # the first three: see the spec
 
     # ---------------------------------------------------------------- building
 
@@ -305,7 +305,8 @@ class Method(LightningModule):
             refuse_other_past(own.get("phases", []), phases, checkpoint["epoch"] + 1)
             before = checkpoint.get("datamodule_hyper_parameters", {})
             now = self.trainer.datamodule.hparams  # type: ignore[attr-defined]
-            refuse_other_arguments("data", self.fixed_data_arguments, before, now)
+            fixed = [name for name in before if name[0] != "_" and name not in self.free_data_arguments]
+            refuse_other_arguments("data", fixed, before, now)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

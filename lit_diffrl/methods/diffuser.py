@@ -194,11 +194,11 @@ class Diffuser(Planner):
         return self.guide.kind == "dual" or self.plan_options.rank_by in ("model", "arrival")
 
     @property
-    def fixed_data_arguments(self) -> tuple[str, ...]:
-        """What decides which windows there are, and what the networks in use are to predict of them."""
-        windows = ("horizon", "use_padding", "segmentation", "max_path_length", "compat_windows")
-        value = ("discount", "termination_penalty") if self.uses_value else ()
-        return (*windows, *value, *(("holdout",) if self.uses_world_model else ()))
+    def free_data_arguments(self) -> tuple[str, ...]:
+        """What decides neither which windows there are, nor what the networks in use are to predict of them."""
+        value = () if self.uses_value else ("discount", "termination_penalty")
+        world_model = ("transition_batch_size",) if self.uses_world_model else ("transition_batch_size", "holdout")
+        return (*super().free_data_arguments, *value, *world_model)
 
     @property
     def phases(self) -> list[Phase]:
