@@ -117,26 +117,20 @@ def test_a_run_goes_on_with_its_own_windows_and_targets(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--model.schedule linear", ["model.schedule: checkpoint 'cosine', now 'linear'"]),
-        ("--model.predict eps", ["model.predict: checkpoint 'x0', now 'eps'"]),
-        ("--model.n_diffusion_steps 8", ["model.n_diffusion_steps: checkpoint 4, now 8"]),
-        ("--model.attention true", ["only on one side", "net."]),
-        ("--model.dim_mults [1,2]", ["net.", "32"]),
-        ("--model.world_model.elites 2", ["world_model.elite", "(1,)", "(2,)"]),
-        ("--model.plan.rank_quantile 0.2", ["plan.rank_quantile is 0.2", "calibrated with 0.1"]),
-        ("--model.world_model.variance_floor 1e-2", ["world_model.variance_floor is 0.01", "calibrated with 0.001"]),
-        ("--data.stride 2", ["stride: checkpoint 1, now 2"]),
-        ("--data.normalizer gaussian", ["obs_normalizer: checkpoint 'limits', now 'gaussian'"]),
-        ("--data.obs_keys [achieved_goal,observation]", ["obs_dim: checkpoint 4, now 6", "obs_keys"]),
-        ("--data.dataset lit_diffrl/pointmaze/umaze-dense-v0", ["dataset_ids", "umaze-v0", "umaze-dense-v0"]),
+        ("--model.schedule linear", "model.schedule: checkpoint 'cosine', now 'linear'"),
+        ("--model.attention true", "only on one side"),
+        ("--model.world_model.elites 2", "world_model.elite: checkpoint (1,), now (2,)"),
+        (
+            "--model.plan.rank_quantile 0.2",
+            "plan.rank_quantile is 0.2, but the checkpoint's world model was calibrated",
+        ),
+        ("--model.world_model.variance_floor 1e-2", "world_model.variance_floor is 0.01, but the checkpoint's world"),
     ],
 )
-@pytest.mark.parametrize("command", ["fit", "validate"])
-def test_what_gives_the_weights_their_meaning_stays(
-    command: str, more: str, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = refused(capsys, MODEL, *more.split(), command=command)
-    assert all(word in line for word in words), line
+def test_what_gives_the_weights_their_meaning_stays(more: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside what tests/test_training.py lists."""
+    for command in ("fit", "validate"):
+        assert words in refused(capsys, MODEL, *more.split(), command=command)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from short_runs import CONFIGS, ROOT, UPDATES, Config
 
 from lit_diffrl.__main__ import main
-from lit_diffrl.data import WindowData
+from lit_diffrl.data import TransitionData, WindowData
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import DMEMM, Method, guard
 from lit_diffrl.methods.base import Phase
@@ -102,11 +102,12 @@ class Fault:
         self.gradient_at: Place | None = None
         self.batch: Any = None
         self.data: Any = None
-        patch.setattr(WindowData, "draw", self._draw(WindowData.draw))
+        for kind in (WindowData, TransitionData):
+            patch.setattr(kind, "draw", self._draw(kind.draw))  # type: ignore[attr-defined]
         patch.setattr(Method, "manual_backward", self._backward(Method.manual_backward))
 
     def _draw(self, draw: Callable[..., Any]) -> Callable[..., Any]:
-        def broken(data: WindowData, phase: Phase, place: Place) -> Any:
+        def broken(data: Any, phase: Phase, place: Place) -> Any:
             batch = draw(data, phase, place)
             if place != self.batch_at:
                 return batch
@@ -129,9 +130,11 @@ class Fault:
 
     def redrawn(self, indices: dict[str, Any]) -> Any:
         """The batch that a report's indices stand for."""
-        steps, *rest = indices.values()
-        cut = self.data.windows if rest else self.data.transitions
-        return cut(torch.tensor(steps), *rest)
+        steps, *horizon = indices.values()
+        rows = torch.tensor(steps)
+        if isinstance(self.data, TransitionData):  # some steps are left out of its table
+            rows = torch.searchsorted(self.data.steps, rows)
+        return (self.data.windows if horizon else self.data.transitions)(rows, *horizon)
 
 
 @pytest.fixture
