@@ -160,6 +160,25 @@ def test_an_environment_of_other_sizes(
     assert "Hopper-v5" in line and words in line
 
 
+def test_an_environment_without_a_time_limit(
+    make_minari: Callable[..., str], minari_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before the first phase, not at the first evaluation after it."""
+    name = make_minari(obs_dim=11, action_dim=3)
+    metadata = minari_root / name / "data" / "metadata.json"
+    spec = {**json.loads(gym.spec("Hopper-v5").to_json()), "max_episode_steps": None}
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "env_spec": json.dumps(spec)}))
+    assert "no time limit" in refused(capsys, name, "--rollout.max_steps", "null")
+    assert fit(name, "--rollout.max_steps", "2") == 0
+
+
+def test_reference_returns_in_the_wrong_order(
+    make_minari: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = make_minari(ref_min_score=10.0, ref_max_score=-10.0)
+    assert "ref_min_score is 10.0 and ref_max_score -10.0" in refused(capsys, name)
+
+
 def test_episodes_shorter_than_a_plan(make_minari: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, make_minari(length=5))
     assert "no window of 8 rows" in line and "longest 5 steps" in line and "--data.horizon" in line
