@@ -204,6 +204,22 @@ def test_first_losses_are_those_of_float32(
         assert other[tag] != curve, tag
 
 
+def test_the_return_regressor_learns_the_same_in_bfloat16() -> None:
+    """Its last layers see a single row; its targets are raw returns."""
+    Path("value.yaml").write_text("""
+model:
+  init_args: {world_model_epochs: 0, value_epochs: 1, dim: 32, guide: {kind: value},
+              plan: {rank_by: value, rank_quantile: null, replan_every: null}}
+data: {init_args: {horizon: 8}}
+""")
+    config = Config(ROOT / "conf/diffuser.yaml", epochs=1)
+    for precision in ("32-true", "bf16-mixed"):
+        fit(config, precision, *config.batches_of(8), "--config", "value.yaml", *in_precision(precision))
+    exact, other = curves("32-true"), curves("bf16-mixed")
+    assert exact["loss/value"] != other["loss/value"] == pytest.approx(exact["loss/value"], rel=6e-3)
+    assert other["grad_norm/value"] == pytest.approx(exact["grad_norm/value"], rel=0.1)
+
+
 @pytest.mark.parametrize("low", HALF)
 def test_densities_losses_and_rewards_are_those_of_32_bits_whatever_the_networks_give(
     low: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.nets.unet import TemporalUNet, ValueUNet
+from lit_diffrl.nets.unet import Downsample, TemporalUNet, ValueUNet
 
 
 def parameters(net: nn.Module) -> int:
@@ -116,6 +116,23 @@ def test_networks_run_in_bfloat16() -> None:
         half = net.bfloat16()(x.bfloat16(), j)
         assert half.dtype == torch.bfloat16
         torch.testing.assert_close(half.float(), reference, rtol=0.1, atol=0.1)
+
+
+def test_halving_a_single_row_is_the_convolution_and_its_gradient_defined_in_16_bits() -> None:
+    """torch leaves some of the gradient of such a convolution unset in bfloat16: whatever lay in memory."""
+    layer, x = Downsample(32), torch.randn(8, 32, 1)
+    plain = nn.Conv1d(32, 32, 3, stride=2, padding=1)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), plain(x))
+    plain(x).square().sum().backward()
+    for _ in range(20):
+        layer.zero_grad()
+        rubbish = [torch.full((layer.weight.numel(),), float("nan")) for _ in range(8)]
+        del rubbish
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x).float().square().sum().backward()
+        for mine, exact in zip(layer.parameters(), plain.parameters()):
+            torch.testing.assert_close(mine.grad, exact.grad, rtol=0.05, atol=1.0)
 
 
 def test_widths_and_kernels_that_cannot_work_are_refused() -> None:
