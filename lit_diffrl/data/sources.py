@@ -138,7 +138,6 @@ def _fetch(dataset_id: str) -> None:
     if dataset_id.startswith(COLLECTED):
         raise _unknown(dataset_id, "not one of those collected here")
     try:
-        parse_dataset_id(dataset_id)
         if parse_dataset_id(dataset_id)[2] is None:
             raise ValueError("no version")
     except (ValueError, TypeError):

@@ -71,11 +71,7 @@ class Guard:
         """
         dtype = torch.promote_types(next(iter(values.values())).dtype, torch.float32)
         stacked = torch.stack([v.detach().to(dtype) for v in values.values()])
-        parts = [stacked]
-        if place.world_size > 1:
-            parts = [torch.empty_like(stacked) for _ in range(place.world_size)]
-            torch.distributed.all_gather(parts, stacked)
-        on_host, arrived = send_to_host(torch.stack(parts))
+        on_host, arrived = send_to_host(gather(stacked, place.world_size))
         earlier, self._pending = self._pending, Checked(place, method.phase, batch, list(values), on_host, arrived)
         if earlier is not None:
             self._judge(method, earlier, late=True)
@@ -132,6 +128,15 @@ class Guard:
             f"from 0{f', process {first}' if place.world_size > 1 else ''}): {names} is not finite ({shown}); "
             f"checkpoints of before are intact{details}. {advice(method, report.get('batch'))}"
         )
+
+
+def gather(values: Tensor, processes: int) -> Tensor:
+    """The numbers of all processes, ``(processes, n)``."""
+    if processes == 1:
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(processes)]
+    torch.distributed.all_gather(parts, values)
+    return torch.stack(parts)
 
 
 def send_to_host(values: Tensor) -> tuple[Tensor, Any]:

@@ -47,7 +47,8 @@ class Maze:
         env: Any = make_env(spec.env_spec)
         try:
             layout = getattr(env.unwrapped, "maze", None)
-            if layout is None or not hasattr(layout, "maze_map"):
+            spaces = getattr(env.observation_space, "spaces", None)
+            if not hasattr(layout, "maze_map") or not isinstance(spaces, dict):
                 return None
             cells = [(r, c, value) for r, row in enumerate(layout.maze_map) for c, value in enumerate(row)]
             centres = np.array([layout.cell_rowcol_to_xy(np.array([r, c])) for r, c, _ in cells], dtype=np.float64)
@@ -56,7 +57,7 @@ class Maze:
             centres = centres @ rotation.T + getattr(env.unwrapped, "translation", np.zeros(2))
             cell = float(layout.maze_size_scaling)
             low, high = centres.min(0) - cell / 2, centres.max(0) + cell / 2
-            sizes = {key: space.shape[0] for key, space in env.observation_space.spaces.items()}
+            sizes = {key: space.shape[0] for key, space in spaces.items()}
         finally:
             env.close()
         walls = centres[[value == 1 for _, _, value in cells]]
