@@ -105,8 +105,8 @@ def find_checkpoint(value: str, logs: Path, pattern: str) -> Path:
         elsewhere = _newest(logs)
         hint = f"; the newest checkpoint elsewhere is {elsewhere[0]}" if elsewhere else ""
         raise ConfigError(
-            f"--ckpt_path {value}: no {value}.ckpt below {searched}{hint}; leave --ckpt_path out to start a "
-            "new run, or give the file"
+            f"--ckpt_path {value}: no {value}.ckpt below {searched}{hint}; give the file, or begin a "
+            "run by fit without --ckpt_path"
         )
     path = Path(value).expanduser()
     if path.is_file():
