@@ -392,7 +392,7 @@ def test_last_is_the_newest_run_of_this_method_and_dataset() -> None:
 
 def test_no_last_checkpoint_is_an_error_that_names_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     line = error(capsys, "fit", "--config", "main.yaml", "--ckpt_path", "last")
-    assert str(RUNS) in line and "start a new run" in line
+    assert str(RUNS) in line and "begin a run by fit without --ckpt_path" in line
     assert str(RUNS / "x") in error(capsys, "fit", "--config", "main.yaml", "--ckpt_path", "last", "--run", "x")
     assert not Path("tb_logs").exists()
 
