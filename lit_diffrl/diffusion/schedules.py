@@ -124,6 +124,7 @@ class Schedule(nn.Module):
             "c2": torch.cat([clean[1:2], c2]),
             "posterior_var": torch.cat([clean[2:], posterior_var]),
         }
+        self._posteriors: dict[tuple[int, int], tuple[float, float, float]] = {}  # those asked for
         for name, table in self._exact.items():
             self.register_buffer(name, table.to(dtype), persistent=False)
 
@@ -194,9 +195,11 @@ class Schedule(nn.Module):
             ``(c1, c2, variance)``: the mean is ``c1 x_0 + c2 x_k``. For ``k_next = k - 1`` these are the
             entries of the tables, for ``k_next = 0`` exactly ``(1, 0, 0)``.
         """
-        alpha_bar = self._exact["alpha_bar"]
-        c1, c2, variance = _posterior(alpha_bar[k], alpha_bar[k_next])
-        return c1.item(), c2.item(), variance.item()
+        if (k, k_next) not in self._posteriors:
+            alpha_bar = self._exact["alpha_bar"]
+            c1, c2, variance = _posterior(alpha_bar[k], alpha_bar[k_next])
+            self._posteriors[k, k_next] = c1.item(), c2.item(), variance.item()
+        return self._posteriors[k, k_next]
 
     def exact(self, name: str) -> Tensor:
         """A table in float64 on the CPU, whatever the module was cast to."""

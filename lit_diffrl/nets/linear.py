@@ -18,11 +18,14 @@ WORTH = 2**19  # multiplications from which on the other product is the faster o
 
 def _onednn() -> Any:
     """The product ``x w^T + b`` of oneDNN, or None where torch has none or where it was not found faster."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
     try:
         product = torch.ops.mkldnn._linear_pointwise.default
-    except (AttributeError, RuntimeError):
+        two = product(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):  # not in this build, or with other arguments
         return None
-    return product if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
+    return product if two.item() == 2 else None
 
 
 ONEDNN = _onednn()
@@ -39,10 +42,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
-    if not (x.numel() * len(weight) > WORTH and _fits(x, weight)):
+    if not (x.numel() * len(weight) > WORTH and _fits(x, weight) and _dense(x) and _dense(weight)):
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if _learns(x, weight, bias):
         out: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     else:
         out = _product(rows, weight, bias)
@@ -62,10 +65,10 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """
     rows, (_, width_in, width_out) = x.shape[-2], weight.shape
     worth = rows * width_in * width_out > 2 * WORTH or (width_out == 1 and rows > 32)
-    if not (worth and _fits(x, weight)):
+    if not (worth and _fits(x, weight) and _dense(x) and _dense(weight[0])):
         x = x.expand(len(weight), -1, -1)
         return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if _learns(x, weight, bias):
         out: Tensor = _BatchedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
     return _batched_product(x, weight, bias)
@@ -120,6 +123,15 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether a matrix fills its memory by rows or by columns; oneDNN is slow on part of one."""
+    return x.is_contiguous() or x.mT.is_contiguous()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

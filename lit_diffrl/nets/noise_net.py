@@ -94,17 +94,31 @@ class NoiseNet(nn.Module):
         Returns:
             Predicted noise, like ``x``.
         """
-        time = self._time(k)
-        if x.shape[:-1] == time.shape[:-1] == obs.shape[:-1]:
-            parts = {"action": x, "time": time, "obs": obs}
+        if x.shape[:-1] == k.shape == obs.shape[:-1]:
+            parts = {"action": x, "time": self._time(k), "obs": obs}
             out: Tensor = self.net(torch.cat([parts[name] for name in self.columns], dim=-1))
             return out
-        return self._joined(x, time, self._part("obs", obs))
+        return self._joined(x, self._time_part(k), self._part("obs", obs))
 
-    def given(self, obs: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The network in fixed states as ``(x, k) -> eps``: what they add to the first layer is computed once."""
-        part = self._part("obs", obs)
-        return lambda x, k: self._joined(x, self._time(k), part)
+    def given(self, obs: Tensor, steps: Sequence[float] = ()) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network in fixed states as ``(x, k) -> eps``, for a sampler.
+
+        Args:
+            obs: States ``(B, S)``. What they add to the first layer is computed once.
+            steps: 0-based steps that will be asked for, each for all rows. On a CPU they are embedded together, since
+                one by one their many small operations cost a tenth of a call.
+        """
+        of_obs = self._part("obs", obs)
+        table: dict[float, Tensor] = {}
+        if steps and obs.device.type == "cpu":
+            k = torch.tensor(steps, dtype=torch.promote_types(obs.dtype, torch.float32))
+            table = dict(zip(k.tolist(), self._time_part(k).split(1)))
+
+        def predict(x: Tensor, k: Tensor) -> Tensor:
+            known = table.get(k.item()) if table and len(k) == 1 else None
+            return self._joined(x, self._time_part(k) if known is None else known, of_obs)
+
+        return predict
 
     @property
     def _first(self) -> Linear:
@@ -121,11 +135,16 @@ class NoiseNet(nn.Module):
     def _part(self, name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, self._first.weight[:, self.columns[name]], bias)
 
-    def _joined(self, x: Tensor, time: Tensor, part: Tensor) -> Tensor:
-        """The network from actions, steps and the states' part of the first layer."""
-        rest = _like_rows(self._part("time", time, self._first.bias), x) + _like_rows(part, x)
-        out: Tensor = self.net[1:](self._part("action", x) + rest)
-        return out
+    def _time_part(self, k: Tensor) -> Tensor:
+        return self._part("time", self._time(k), self._first.bias)
+
+    def _joined(self, x: Tensor, of_time: Tensor, of_obs: Tensor) -> Tensor:
+        """The network from actions and the other parts of the first layer."""
+        h = self._part("action", x) + (_like_rows(of_time, x) + _like_rows(of_obs, x))
+        _, *layers = self.net
+        for layer in layers:
+            h = layer(h)
+        return h
 
 
 def _columns(names: Sequence[str], widths: dict[str, int]) -> dict[str, slice]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -18,6 +20,22 @@ def test_embedding_of_zero_and_shapes() -> None:
     embedding = SinusoidalEmbedding(16)(torch.zeros(5))
     assert embedding.shape == (5, 16)
     assert torch.equal(embedding[0], torch.tensor([0.0] * 8 + [1.0] * 8))
+
+
+def test_cosines_may_come_first_and_frequencies_may_stop_before_the_end() -> None:
+    embedding = SinusoidalEmbedding(16, cosines_first=True, reach_end=False)
+    assert torch.equal(embedding(torch.zeros(1))[0], torch.tensor([1.0] * 8 + [0.0] * 8))
+    assert embedding(torch.ones(1))[0, 15].item() == pytest.approx(10000 ** (-7 / 8), rel=1e-6)
+    large = SinusoidalEmbedding(64, cosines_first=True, reach_end=False)(torch.tensor([1]))[0]
+    assert large[33].item() == pytest.approx(math.sin(10000 ** (-1 / 32)), rel=1e-6)
+
+
+def test_real_numbers_are_embedded_in_their_own_precision() -> None:
+    j = torch.tensor([865.8, 0.25], dtype=torch.float64)
+    embedding = SinusoidalEmbedding(16)(j)
+    assert embedding.dtype == torch.float64
+    torch.testing.assert_close(embedding[:, 8], j.cos(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(SinusoidalEmbedding(16)(j.float()).double(), embedding, rtol=0, atol=1e-4)
 
 
 def test_embedding_tells_all_steps_apart_even_in_a_half_precision_model() -> None:

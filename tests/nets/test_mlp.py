@@ -14,6 +14,15 @@ def test_mlp_activates_between_layers_and_not_after_the_last() -> None:
     assert MLP((2, 3))(torch.randn(2)).shape == (3,)
 
 
+def test_mlp_normalises_before_each_activation() -> None:
+    net = MLP((2, 8, 8, 3), layer_norm=True)
+    hidden = ["LayerNorm", "Mish", "Linear"]
+    assert [type(layer).__name__ for layer in net] == ["Linear", *hidden, *hidden]
+    torch.testing.assert_close(
+        net[1](net[0](torch.randn(5, 2))).std(-1, correction=0), torch.ones(5), rtol=1e-2, atol=0
+    )
+
+
 def test_mlp_refuses_nonsense() -> None:
     with pytest.raises(ConfigError, match="did you mean 'relu'"):
         MLP((2, 3), activation="rellu")
