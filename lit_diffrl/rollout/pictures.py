@@ -48,7 +48,7 @@ class Maze:
         try:
             layout = getattr(env.unwrapped, "maze", None)
             spaces = getattr(env.observation_space, "spaces", None)
-            if not hasattr(layout, "maze_map") or not isinstance(spaces, dict):
+            if layout is None or not hasattr(layout, "maze_map") or not isinstance(spaces, dict):
                 return None
             cells = [(r, c, value) for r, row in enumerate(layout.maze_map) for c, value in enumerate(row)]
             centres = np.array([layout.cell_rowcol_to_xy(np.array([r, c])) for r, c, _ in cells], dtype=np.float64)
