@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import LightningDataModule
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
+from lit_diffrl.__main__ import main
 from lit_diffrl.methods import Method
 from lit_diffrl.typos import find_class, parameters
 
@@ -21,6 +25,39 @@ SMALL = (
     "--rollout.max_steps=2 --rollout.pictures=false --trainer.accelerator=cpu --trainer.enable_model_summary=false "
     "--trainer.log_every_n_steps=1"
 ).split()
+# On a CPU the Trainer has no float16; torch has, and the same code scales its losses.
+FLOAT16 = """
+trainer:
+  plugins:
+    class_path: lightning.pytorch.plugins.MixedPrecision
+    init_args: {precision: 16-mixed, device: cpu, scaler: {class_path: torch.amp.GradScaler, init_args: {%s}}}
+"""
+
+
+def in_precision(name: str, scaler: str = "device: cpu, init_scale: 1024.0") -> list[str]:
+    """Options for a precision on the CPU; those of 16-mixed stand in a file that this writes."""
+    if name != "16-mixed":
+        return ["--trainer.precision", name]
+    Path("float16.yaml").write_text(FLOAT16 % scaler)
+    return ["--config", "float16.yaml"]
+
+
+def curves(run: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, list[tuple[int, float]]]:
+    """What a run has logged, times left out: ``(step, value)`` by name; there must be one event file."""
+    (file,) = Path("tb_logs").glob(f"*/*/{run}/events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(prefixes)]
+    times = [tag for tag in tags if tag.startswith("time/") or tag.endswith("_ms")]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags if tag not in times}
+
+
+def floats(content: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All floating point tensors in nested dicts and lists, by their place."""
+    if isinstance(content, Tensor):
+        yield from [(place, content)] if content.is_floating_point() else []
+    elif isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from floats(value, f"{place}/{key}")
 
 
 class Config:
@@ -69,3 +106,10 @@ class Config:
             nested = [f"{name}.{field}" for field in getattr(kind, "__dataclass_fields__", {})]
             found += [n for n in (name, *nested) if n.rpartition(".")[2].endswith("lr")]
         return [f"--model.{name}={lr}" for name in found]
+
+    def fit(self, run: str, *more: str) -> dict[str, Any]:
+        """Train in the folder one is in; the last checkpoint."""
+        assert main(["fit", *self.options, "--run", run, *more]) == 0
+        (last,) = Path("tb_logs").glob(f"*/*/{run}/checkpoints/last.ckpt")
+        content: dict[str, Any] = torch.load(last, weights_only=True)
+        return content

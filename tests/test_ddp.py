@@ -14,8 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from short_runs import CONFIGS, ROOT, Config
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from short_runs import CONFIGS, ROOT, Config, curves
 
 from lit_diffrl import processes
 from lit_diffrl.__main__ import main
@@ -102,17 +101,6 @@ def train(config: Config, run: str, *more: str, processes: int = 1) -> list[Trac
         finally:
             os.environ.pop("MASTER_PORT", None)  # of the processes that have ended
     return [Trace(*torch.load(f"{run}{rank}.pt", weights_only=True)) for rank in range(processes)]
-
-
-def curves(run: str) -> dict[str, list[tuple[int, float]]]:
-    """Everything logged but times; a second event file would not be read."""
-    (file,) = Path("tb_logs").glob(f"*/*/{run}/events.out.tfevents.*")
-    events = EventAccumulator(str(file)).Reload()
-    return {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if not tag.startswith("time/") and tag != "eval/action_ms"
-    }
 
 
 def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -263,6 +251,7 @@ def test_a_strategy_that_would_fail_at_the_second_update_is_refused(folder: Path
         train(short("dmemm"), "two", *more)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_run_with_its_own_words(folder: Path) -> None:
     Path("driver.py").write_text(f"""
 import sys
