@@ -6,8 +6,10 @@ import pkgutil
 import platform
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,33 @@ def minari_root(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         yield
+
+
+def write_hopper(path: Path, steps: int) -> str:
+    """Random steps of Hopper's dimensions as a file of D4RL's layout, in episodes of 1,000."""
+    import h5py
+
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file["observations"] = rng.normal(size=(steps, 11)).astype(np.float32)
+        file["next_observations"] = rng.normal(size=(steps, 11)).astype(np.float32)
+        file["actions"] = rng.uniform(-1, 1, size=(steps, 3)).astype(np.float32)
+        file["rewards"] = rng.uniform(0, 3, size=steps).astype(np.float32)
+        file["terminals"] = np.zeros(steps, dtype=bool)
+        file["timeouts"] = np.arange(steps) % 1000 == 999
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def hopper_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """100,000 random steps."""
+    return write_hopper(tmp_path_factory.mktemp("d4rl") / "hopper_medium-v2.hdf5", 100_000)
+
+
+@pytest.fixture(scope="session")
+def million_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """1,000,000 random steps."""
+    return write_hopper(tmp_path_factory.mktemp("million") / "hopper_medium-v2.hdf5", 1_000_000)
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,7 @@ from lit_diffrl.methods.base import Method, Phase
 from lit_diffrl.seeding import Place
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-STEPS, EPISODE = 100_000, 1000
-HOPPER_OBS, HOPPER_ACTION = 11, 3
+HOPPER_OBS = 11
 UMAZE = "lit_diffrl/pointmaze/umaze-v0"
 
 
@@ -32,23 +31,6 @@ def options(config: str, **changes: Any) -> dict[str, Any]:
     for name, value in changes.items():
         model[name] = {**model.get(name, {}), **value} if isinstance(value, dict) else value
     return model
-
-
-@pytest.fixture(scope="session")
-def hopper_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """100,000 random steps of Hopper's dimensions as a file of D4RL's layout."""
-    import h5py
-
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("d4rl") / "hopper_medium-v2.hdf5"
-    with h5py.File(path, "w") as file:
-        file["observations"] = rng.normal(size=(STEPS, HOPPER_OBS)).astype(np.float32)
-        file["next_observations"] = rng.normal(size=(STEPS, HOPPER_OBS)).astype(np.float32)
-        file["actions"] = rng.uniform(-1, 1, size=(STEPS, HOPPER_ACTION)).astype(np.float32)
-        file["rewards"] = rng.uniform(0, 3, size=STEPS).astype(np.float32)
-        file["terminals"] = np.zeros(STEPS, dtype=bool)
-        file["timeouts"] = np.arange(STEPS) % EPISODE == EPISODE - 1
-    return str(path)
 
 
 def loaded(dataset: str, **arguments: Any) -> WindowData:

@@ -203,7 +203,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(agent: Noisy, bad: float) -> No
     one = torch.tensor(1.0)
     agent.guard({"loss/a": one}, {"grad_norm/a": one}, batch)
     for losses, norms in (({"loss/a": one, "b": torch.tensor(bad)}, {}), ({"loss/a": one}, {"b": torch.tensor(bad)})):
-        with pytest.raises(ConfigError, match=rf"Noisy, phase a, .*: b is not finite .loss/a = 1, b = {bad}.*smaller learning rate"):
+        with pytest.raises(
+            ConfigError, match=rf"Noisy, phase a, .*: b is not finite .loss/a = 1, b = {bad}.*smaller learning rate"
+        ):
             agent.guard(losses, norms, batch)
 
 
