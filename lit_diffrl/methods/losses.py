@@ -7,6 +7,7 @@ Sources: EDP (Kang et al. 2023), equations by number; Diffusion-QL (Wang et al. 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -70,6 +71,13 @@ def expectile_loss(u: Tensor, expectile: float) -> Tensor:
 def exponential_weights(advantage: Tensor, inverse_temperature: float, bound: float) -> Tensor:
     """``min(exp(eta A), bound)`` without gradient; the exponent is capped first, so that it never overflows."""
     return (inverse_temperature * advantage.detach()).clamp_max(math.log(bound)).exp()
+
+
+def crr_weights(advantage: Tensor, weighting: Literal["exp", "indicator"], beta: float, bound: float) -> Tensor:
+    """CRR's weight of each data action, without gradient: ``min(exp(A / beta), bound)``, or ``1[A > 0]``."""
+    if weighting == "indicator":
+        return (advantage.detach() > 0).to(advantage.dtype)
+    return exponential_weights(advantage, 1 / beta, bound)
 
 
 def normalized_q_loss(q: Tensor, normalizer: Tensor | None = None) -> Tensor:

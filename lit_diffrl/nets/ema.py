@@ -64,6 +64,12 @@ class EMA(nn.Module):
         """Stay in evaluation mode."""
         return super().train(False)
 
+    @property
+    def due(self) -> bool:
+        """Whether the next update touches the copy; known on the host."""
+        step = self._steps + 1
+        return step % self.every == self.offset and not (self.hold and step < self.start)
+
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
         """Follow the network; to be called after each of its optimiser steps.
@@ -71,9 +77,10 @@ class EMA(nn.Module):
         Args:
             net: The network this is a copy of.
         """
+        due = self.due
         self._steps += 1
         self.count += 1
-        if self._steps % self.every != self.offset % self.every or (self.hold and self._steps < self.start):
+        if not due:
             return
         average: list[Tensor] = list(self.net.parameters())
         weights: list[Tensor] = list(net.parameters())

@@ -1,0 +1,302 @@
+"""EDP: diffusion policies trained at the cost of one network call, with three offline learners.
+
+Source: Kang, Ma, Du, Pang and Yan, "Efficient Diffusion Policies for Offline Reinforcement Learning", 2023, and the
+authors' code. The policy never samples its own action to improve it: Eq. 9 reads the clean action off the prediction
+that the diffusion loss makes anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.data.transitions import PolicyBatch
+from lit_diffrl.errors import check_choice, check_range
+from lit_diffrl.methods.diffusion_learner import DiffusionLearner
+from lit_diffrl.methods.diffusion_policy import Noised
+from lit_diffrl.methods.losses import (
+    crr_weights,
+    elbo_weights,
+    expectile_loss,
+    exponential_weights,
+    normalized_q_loss,
+    surrogate_log_prob,
+    td_loss,
+    td_target,
+)
+from lit_diffrl.methods.options import EMAOptions
+from lit_diffrl.methods.policy_options import ActionSamplerOptions, CriticOptions, NoiseNetOptions, SelectionOptions
+from lit_diffrl.nets.critics import ValueNet
+
+DPM = ActionSamplerOptions(name="dpm", steps=15)
+EDP_CRITIC = CriticOptions(grad_clip=5.0, clip_each=True)
+
+
+class EDP(DiffusionLearner):
+    """What the three learners share: the diffusion policy (Eqs. 5, 9) and its options.
+
+    Args:
+        policy_epochs: Length of training in epochs.
+        guide_weight: Weight of the improvement beside the diffusion loss: Table 3's 1, 1, 0.1 and 0.005.
+        action_approximation: Improve the action of Eq. 9; false draws it through the sampler with gradient instead.
+        n_diffusion_steps: Diffusion steps K.
+        schedule: ``linear`` (the code's), ``vp``, ``cosine`` or ``linear_unscaled``.
+        sampler: How actions of the critics' targets are drawn.
+        eval_sampler: How actions are drawn at evaluation; null as in training.
+        selection: Choice among candidates at evaluation.
+        net: The noise network.
+        critic: The critics and their targets.
+        ema: Average of the policy; until ``start`` it stays the initial one.
+        lr: Learning rate of the policy (and of IQL's value).
+        lr_decay: ``cosine`` to 0 over the run, or ``none``.
+        grad_clip: Largest norm of the policy's gradient; null for no limit.
+    """
+
+    def __init__(
+        self,
+        policy_epochs: int = 2000,
+        guide_weight: float = 1.0,
+        action_approximation: bool = True,
+        n_diffusion_steps: int = 1000,
+        schedule: Literal["vp", "linear", "linear_unscaled", "cosine"] = "linear",
+        sampler: ActionSamplerOptions = DPM,
+        eval_sampler: ActionSamplerOptions | None = None,
+        selection: SelectionOptions = SelectionOptions(),
+        net: NoiseNetOptions = NoiseNetOptions(),
+        critic: CriticOptions = EDP_CRITIC,
+        ema: EMAOptions = EMAOptions(every=5, start=1001),
+        lr: float = 3e-4,
+        lr_decay: Literal["none", "cosine"] = "none",
+        grad_clip: float | None = 5.0,
+    ) -> None:
+        super().__init__()
+        check_range("model.guide_weight", guide_weight, 0, high_open=True)
+        self.save_hyperparameters(logger=False)
+        self.guide_weight, self.action_approximation = guide_weight, action_approximation
+        self._keep(
+            policy_epochs, n_diffusion_steps, schedule, sampler, eval_sampler, selection, net, critic, ema, lr,
+            lr_decay, grad_clip,
+        )  # fmt: skip
+
+    def improved_action(self, noised: Noised, obs: Tensor) -> Tensor:
+        """The action ``(B, A)`` that the critic judges: Eq. 9's, or (the ablation) one drawn with gradient."""
+        if self.action_approximation:
+            return self.policy.approximate(noised)
+        return self.policy.sample(obs, self.draws.randn_like(noised.a_k), self.sampler, self.draws.randn_like)
+
+    def guide_loss(self, weights: Tensor, noised: Noised, batch: PolicyBatch) -> Tensor:
+        """Weighted likelihood of the data's actions under N(a_hat, I) (Eq. 13)."""
+        return -(weights * surrogate_log_prob(batch.action, self.improved_action(noised, batch.obs))).mean()
+
+    def finish(self) -> None:
+        """After the steps of an update: averages and the counter."""
+        self.policy_ema.update(self.policy)
+        self.target_critic.update(self.critic)
+        self.updates += 1
+
+    @torch.no_grad()
+    def diagnose(self, batch: PolicyBatch) -> dict[str, float]:
+        """The largest values that the critics give to the batch."""
+        return {"max |Q|": float(self.critic(batch.obs, batch.action).abs().max())}
+
+
+class _Simultaneous(EDP):
+    """Learners whose critics and policy take their gradients at the same, old parameters.
+
+    The critics' loss does not look at the policy that learns, only at its average: with the policy's step first, both
+    gradients are those of the old parameters.
+    """
+
+    def policy_loss(self, batch: PolicyBatch) -> dict[str, Tensor]:
+        """Losses of the policy under the names they are logged by; ``total`` is descended."""
+        raise NotImplementedError
+
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
+        """One update: policy under the old critics, critics, averages."""
+        critic_optimizer, policy_optimizer = self.optimizers()  # type: ignore[attr-defined, misc]
+        self.anneal(policy_optimizer)
+
+        losses = self.policy_loss(batch)
+        policy_norm = self.descend(policy_optimizer, losses["total"], "policy", batch, self.grad_clip)
+
+        y = self.target_q(batch)
+        q = self.critic(batch.obs, batch.action)
+        critic_loss = td_loss(q, y)
+        critic_norm = self.descend(critic_optimizer, critic_loss, "critic", batch)
+        self.finish()
+
+        if self.reporting:
+            shown = {f"loss/{name}": loss for name, loss in losses.items() if name != "total"}
+            self.report({**shown, "loss/critic": critic_loss, "q/mean": q.mean()}, prog_bar=True)
+            self.report({"q/target": y.mean(), "grad_norm/critic": critic_norm, "grad_norm/policy": policy_norm})
+
+
+class EDPTD3(_Simultaneous):
+    """EDP with TD3+BC's improvement: ``L_diff - w alpha mean Q_i(s, a_hat) / mean |Q_i(s, a_hat)|`` (section 4.1).
+
+    A coin per update decides which critic is i. Critics learn from actions of the averaged policy (Eq. 8's target).
+
+    Departures from the paper, as its code: Eq. 9's action is clipped to the box; the DDPM chain has the posterior's
+    variance and clips its clean prediction; the average starts at update 1001, every fifth, from the initial policy.
+
+    Logged: ``loss/critic``, ``loss/diffusion``, ``loss/q`` (-alpha while all values are positive), ``clipped`` (share
+    of a_hat's entries at the edge of the box, which pass no gradient), ``q/mean``, ``q/target``, ``grad_norm/…``.
+
+    Args:
+        alpha: TD3+BC's alpha: 2.0 in the code, 1.0 in a reading of the paper.
+        **kwargs: As :class:`EDP`.
+    """
+
+    def __init__(self, alpha: float = 2.0, **kwargs: Any) -> None:
+        check_range("model.alpha", alpha, 0, high_open=True)
+        self.alpha = alpha
+        super().__init__(**kwargs)
+
+    def policy_loss(self, batch: PolicyBatch) -> dict[str, Tensor]:
+        """Diffusion loss and improvement."""
+        noised = self.policy.noised(batch.action, batch.obs, self.draws)
+        a_hat = self.improved_action(noised, batch.obs)
+        q = self.critic(batch.obs, a_hat, members=slice(None))[self.draws.coin()]
+        improvement = self.alpha * normalized_q_loss(q, self.mean_of_all(q.abs()))
+        if self.reporting:
+            self.report({"clipped": (a_hat.detach().abs() == 1).float().mean()})
+        diffusion = noised.error.mean()
+        return {"total": diffusion + self.guide_weight * improvement, "diffusion": diffusion, "q": improvement}
+
+
+class EDPCRR(_Simultaneous):
+    """EDP with CRR's improvement: clone the actions that are better than the policy's own (Eqs. 10 to 13).
+
+    The advantage of the data's action is measured against the mean of ``candidates`` actions around Eq. 9's; its
+    weight ``min(exp(A / beta), bound)`` multiplies the likelihood of Eq. 13, or the diffusion loss itself (Eq. 12).
+
+    Logged: as :class:`EDPTD3`, with ``loss/guide``, ``weight`` (mean) and ``weight_bound`` (share at the bound).
+
+    Args:
+        objective: ``mle``, Eq. 13, or ``elbo``, Eq. 12 (not with a cosine schedule).
+        normalize_elbo: Scale Eq. 12's weights to a mean of 1, as the code.
+        weighting: ``exp`` of the advantage, or its ``indicator``.
+        beta: Temperature of ``exp``.
+        bound: Largest weight.
+        candidates: Actions a value is averaged over.
+        **kwargs: As :class:`EDP`.
+    """
+
+    def __init__(
+        self,
+        objective: Literal["mle", "elbo"] = "mle",
+        normalize_elbo: bool = True,
+        weighting: Literal["exp", "indicator"] = "exp",
+        beta: float = 1.0,
+        bound: float = 20.0,
+        candidates: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("model.objective", objective, ("mle", "elbo"))
+        check_choice("model.weighting", weighting, ("exp", "indicator"))
+        check_range("model.beta", beta, 0, low_open=True, high_open=True)
+        check_range("model.bound", bound, 0, low_open=True, high_open=True)
+        check_range("model.candidates", candidates, 1)
+        self.objective, self.normalize_elbo, self.weighting = objective, normalize_elbo, weighting
+        self.beta, self.bound, self.candidates = beta, bound, candidates
+        super().__init__(**kwargs)
+
+    def build(self, spec: DatasetSpec) -> None:
+        """Networks as EDP's, and Eq. 12's weights."""
+        super().build(spec)
+        weights = elbo_weights(self.schedule, normalize=self.normalize_elbo)
+        self.register_buffer("omega", weights.float(), persistent=False)
+
+    @torch.no_grad()
+    def weights(self, batch: PolicyBatch, a_hat: Tensor) -> Tensor:
+        """CRR's weight of each data action ``(B,)``."""
+        shape = (len(a_hat), self.candidates, a_hat.shape[1])
+        around = a_hat[:, None] + self.draws.randn_like(a_hat.new_empty(shape))
+        value = self.least_q(batch.obs, around).mean(dim=1)
+        advantage = self.least_q(batch.obs, batch.action) - value
+        return crr_weights(advantage, self.weighting, self.beta, self.bound)
+
+    def policy_loss(self, batch: PolicyBatch) -> dict[str, Tensor]:
+        """Diffusion loss and weighted likelihood."""
+        noised = self.policy.noised(batch.action, batch.obs, self.draws)
+        weights = self.weights(batch, self.policy.approximate(noised).detach())
+        if self.objective == "elbo":
+            omega: Tensor = self.omega  # type: ignore[assignment]
+            guide = (weights * omega[noised.k - 1] * noised.error).mean()
+        else:
+            guide = self.guide_loss(weights, noised, batch)
+        if self.reporting:
+            self.report({"weight": weights.mean(), "weight_bound": (weights >= 0.999 * self.bound).float().mean()})
+        diffusion = noised.error.mean()
+        return {"total": diffusion + self.guide_weight * guide, "diffusion": diffusion, "guide": guide}
+
+
+class EDPIQL(EDP):
+    """EDP with IQL's improvement: no action is ever drawn in training, the fastest of the three.
+
+    An update, in the order of the code, each step with what the one before has changed: value (expectile regression
+    on the target critics), policy (Eq. 13 weighted by ``min(exp(eta (Q - V)), bound)``), critics (target
+    ``r + gamma (1 - d) V(s')``), targets.
+
+    Logged: as :class:`EDPCRR`, with ``loss/value`` and ``q/value``.
+
+    Args:
+        expectile: 0.7; 0.9 on AntMaze.
+        eta: Inverse temperature: 1 in the paper, 3 in the code.
+        bound: Largest weight.
+        **kwargs: As :class:`EDP`.
+    """
+
+    def __init__(self, expectile: float = 0.7, eta: float = 1.0, bound: float = 100.0, **kwargs: Any) -> None:
+        check_range("model.expectile", expectile, 0, 1, low_open=True, high_open=True)
+        check_range("model.eta", eta, 0, high_open=True)
+        check_range("model.bound", bound, 0, low_open=True, high_open=True)
+        self.expectile, self.eta, self.bound = expectile, eta, bound
+        super().__init__(**kwargs)
+
+    def build(self, spec: DatasetSpec) -> None:
+        """Networks as EDP's, and the value's."""
+        super().build(spec)
+        o = self.critic_options
+        self.value = ValueNet(spec.obs_dim, hidden=o.hidden, layers=o.layers, activation=o.activation)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """Adam for the critics, the policy and the value."""
+        value = Adam(self.value.parameters(), lr=self.critic_options.lr, fused=True)
+        return [*super().configure_optimizers(), value]
+
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
+        """One update: value, policy, critics, averages."""
+        critic_optimizer, policy_optimizer, value_optimizer = self.optimizers()  # type: ignore[attr-defined, misc]
+        self.anneal(policy_optimizer)
+        least = self.least_q(batch.obs, batch.action, target=True)
+
+        value = self.value(batch.obs)
+        value_loss = expectile_loss(least - value, self.expectile)
+        value_norm = self.descend(value_optimizer, value_loss, "value", batch, self.critic_options.grad_clip)
+
+        with torch.no_grad():
+            advantage = least - self.value(batch.obs)
+        weights = exponential_weights(advantage, self.eta, self.bound)
+        noised = self.policy.noised(batch.action, batch.obs, self.draws)
+        diffusion, guide = noised.error.mean(), self.guide_loss(weights, noised, batch)
+        policy_loss = diffusion + self.guide_weight * guide
+        policy_norm = self.descend(policy_optimizer, policy_loss, "policy", batch, self.grad_clip)
+
+        with torch.no_grad():
+            y = td_target(batch.reward, batch.done, batch.discount, self.value(batch.next_obs))
+        q = self.critic(batch.obs, batch.action)
+        critic_loss = td_loss(q, y)
+        critic_norm = self.descend(critic_optimizer, critic_loss, "critic", batch)
+        self.finish()
+
+        if self.reporting:
+            losses = {"loss/critic": critic_loss, "loss/diffusion": diffusion, "loss/guide": guide}
+            self.report({**losses, "loss/value": value_loss, "q/mean": q.mean()}, prog_bar=True)
+            norms = {"grad_norm/value": value_norm, "grad_norm/policy": policy_norm, "grad_norm/critic": critic_norm}
+            shares = {"weight": weights.mean(), "weight_bound": (weights >= 0.999 * self.bound).float().mean()}
+            self.report({**norms, **shares, "q/target": y.mean(), "q/value": value.mean()})

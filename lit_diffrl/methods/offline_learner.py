@@ -1,0 +1,155 @@
+"""What all learners over transitions share: twin critics with targets, one phase, and acting."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim import Adam
+
+from lit_diffrl.data.normalizers import normalizer_from_state
+from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.data.transitions import PolicyBatch, TransitionData
+from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods.base import Method, Phase
+from lit_diffrl.methods.losses import choose_candidates
+from lit_diffrl.methods.policy_options import CriticOptions, SelectionOptions
+from lit_diffrl.nets.critics import TwinQ
+from lit_diffrl.nets.ema import EMA
+
+
+class OfflineLearner(Method):
+    """A method of one phase, ``policy``, over batches of transitions.
+
+    Attributes:
+        critic: Twin critics.
+        target_critic: Their slowly following copy, ``target_critic.net``.
+    """
+
+    critic_options: CriticOptions
+    critic: TwinQ
+    target_critic: EMA
+    policy_epochs: int
+    updates: Tensor
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The only one."""
+        return [Phase("policy", self.policy_epochs, "transitions")]
+
+    def build(self, spec: DatasetSpec) -> None:
+        """Set the normalisers; subclasses add their networks."""
+        super().build(spec)
+        self.obs_normalizer = normalizer_from_state(spec.obs_normalizer)
+        self.action_normalizer = normalizer_from_state(spec.action_normalizer)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def setup(self, stage: str) -> None:
+        """Build the networks, and refuse a data module that draws something else than transitions."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, TransitionData):
+            raise ConfigError(
+                f"{type(self).__name__} learns from transitions: --data TransitionData, got {type(data).__name__}"
+            )
+        super().setup(stage)
+
+    @property
+    def can_act(self) -> bool:
+        """Whether there has been an update."""
+        return self.spec is not None and int(self.updates) > 0
+
+    def build_critics(self, spec: DatasetSpec, every: int = 1) -> None:
+        """Make the twin critics and their targets, which move at every ``every``-th update."""
+        o = self.critic_options
+        self.critic = TwinQ(
+            spec.obs_dim,
+            spec.action_dim,
+            hidden=o.hidden,
+            layers=o.layers,
+            activation=o.activation,
+            layer_norm=o.layer_norm,
+            orthogonal=o.orthogonal,
+        )
+        self.target_critic = EMA(self.critic, 1 - o.tau, every=every, start=0)
+
+    def critic_optimizer(self) -> Adam:
+        """Adam over both critics; it works entry by entry, so this is one optimizer for each."""
+        return Adam(self.critic.parameters(), lr=self.critic_options.lr, fused=True)
+
+    def clip_critics(self, optimizer: LightningOptimizer) -> Tensor:
+        """Measure the norm of the critics' gradient and shorten it to ``critic.grad_clip``, each critic's or both's.
+
+        Returns:
+            The norm of both before clipping.
+        """
+        o = self.critic_options
+        if o.grad_clip is None or not o.clip_each:
+            return self.clip_gradients_of(optimizer, o.grad_clip)
+        norm = self.clip_gradients_of(optimizer)
+        gradients = [p.grad for p in self.critic.parameters() if p.grad is not None]
+        squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)  # (critics,)
+        factor = (o.grad_clip / (squares.sqrt() + 1e-6)).clamp_max(1.0)
+        for g in gradients:
+            g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
+        return norm
+
+    def descend(
+        self, optimizer: LightningOptimizer, loss: Tensor, name: str, batch: PolicyBatch, limit: float | None = None
+    ) -> Tensor:
+        """One guarded step down a loss.
+
+        Args:
+            optimizer: Of the parameters that step; the gradients of others are left as they are.
+            loss: Scalar.
+            name: What the loss and its gradient are called; those of ``critic`` are clipped by :meth:`clip_critics`.
+            batch: What the loss was computed from.
+            limit: Largest norm of the gradient; None for no limit.
+
+        Returns:
+            The gradient's norm before clipping.
+        """
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        norm = self.clip_critics(optimizer) if name == "critic" else self.clip_gradients_of(optimizer, limit)
+        self.guard({f"loss/{name}": loss}, {f"grad_norm/{name}": norm}, batch)
+        optimizer.step()
+        return norm
+
+    @torch.no_grad()
+    def least_q(self, obs: Tensor, action: Tensor, *, target: bool = False) -> Tensor:
+        """The least of the critics, ``(B,)`` or ``(B, N)`` for candidates ``(B, N, A)``."""
+        critic = self.target_critic.net if target else self.critic
+        return critic(obs, action).min(dim=0).values  # type: ignore[no-any-return]
+
+    def select(self, obs: Tensor, actions: Tensor, rows: list[int], options: SelectionOptions) -> Tensor:
+        """Choose among candidates by the least of the critics (EDP, section 4.5).
+
+        Args:
+            obs: ``(n, obs_dim)`` normalised.
+            actions: ``(n, N, action_dim)`` N candidates for each state.
+            rows: Index of each row's noise stream.
+            options: Which critics, and how greedily.
+
+        Returns:
+            ``(n, action_dim)``.
+        """
+        q = self.least_q(obs, actions, target=options.critic == "target")
+        uniform = torch.special.ndtr(self.row_noise(rows, (1,))[:, 0])
+        index = choose_candidates(q, options.temperature, uniform)
+        return actions[torch.arange(len(obs), device=obs.device), index]
+
+    def choose_action(self, state: Tensor, goal: Tensor | None, rows: list[int]) -> Tensor:
+        """Normalise, decide, and map the action back to the environment's units."""
+        return self.action_normalizer.unnormalize(self.decide(self.obs_normalizer.normalize(state), rows))
+
+    def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
+        """Choose actions.
+
+        Args:
+            obs: ``(n, obs_dim)`` normalised.
+            rows: Index of each row's noise stream.
+
+        Returns:
+            ``(n, action_dim)`` in [-1, 1].
+        """
+        raise NotImplementedError

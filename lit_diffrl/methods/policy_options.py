@@ -1,0 +1,159 @@
+"""Groups of typed arguments of the policies: the command line's ``--model.<group>.<field>``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_diffrl.errors import ConfigError, check_choice, check_range
+
+
+@dataclass(frozen=True)
+class ActionSamplerOptions:
+    """How a diffusion policy draws an action; may differ from run to run of one checkpoint.
+
+    Args:
+        name: ``ddpm`` (ancestral), ``ddim`` (deterministic) or ``dpm`` (DPM-Solver in continuous time).
+        steps: Network calls; null for all diffusion steps (15 for ``dpm``).
+        order: Order of ``dpm``, 1 to 3.
+        method: Form of ``dpm``: ``singlestep`` (EDP) or ``multistep``.
+        clip: Keep the implied clean action within [-1, 1] at every call.
+        noise_scale: Scale of the initial noise; 0 starts at its mean (EDP, section 4.5).
+        eps_scale: Factor of the predicted noise, EDP's policy scaling; no true temperature.
+    """
+
+    name: Literal["ddpm", "ddim", "dpm"] = "ddpm"
+    steps: int | None = None
+    order: int = 3
+    method: Literal["singlestep", "multistep"] = "singlestep"
+    clip: bool = True
+    noise_scale: float = 1.0
+    eps_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("sampler.name", self.name, ("ddpm", "ddim", "dpm"))
+        check_choice("sampler.method", self.method, ("singlestep", "multistep"))
+        check_range("sampler.order", self.order, 1, 3)
+        check_range("sampler.noise_scale", self.noise_scale, 0, high_open=True)
+        check_range("sampler.eps_scale", self.eps_scale, 0, low_open=True, high_open=True)
+        if self.steps is not None:
+            check_range("sampler.steps", self.steps, 1)
+        if self.method == "multistep" and self.name != "dpm":
+            raise ConfigError(f"sampler.method 'multistep' is for 'dpm', but sampler.name is {self.name!r}")
+
+    def calls(self, num_steps: int) -> int:
+        """Network calls of one action, for a schedule of ``num_steps`` steps."""
+        return self.steps or (15 if self.name == "dpm" else num_steps)
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """Energy-based selection of an action among candidates at evaluation (EDP, section 4.5; Diffusion-QL's code).
+
+    Args:
+        candidates: Actions drawn for each state; 1 takes the policy's own.
+        temperature: Of the softmax over the least of the critics; 0 takes the best.
+        critic: ``online`` critics (EDP) or their ``target`` (Diffusion-QL).
+    """
+
+    candidates: int = 10
+    temperature: float = 1.0
+    critic: Literal["online", "target"] = "online"
+
+    def __post_init__(self) -> None:
+        check_range("selection.candidates", self.candidates, 1)
+        check_range("selection.temperature", self.temperature, 0, high_open=True)
+        check_choice("selection.critic", self.critic, ("online", "target"))
+
+
+@dataclass(frozen=True)
+class NoiseNetOptions:
+    """The noise network of a diffusion policy.
+
+    Args:
+        hidden: Width of its layers.
+        layers: Hidden layers.
+        time_dim: Size of the diffusion step's embedding.
+        embedding: Its frequencies and order: Diffusion-QL's (``dql``) or EDP's (``edp``).
+        layer_norm: Normalise hidden layers.
+        init: ``torch``'s initial weights, or ``lecun`` normal ones with zero biases (EDP).
+    """
+
+    hidden: int = 256
+    layers: int = 3
+    time_dim: int = 16
+    embedding: Literal["dql", "edp"] = "dql"
+    layer_norm: bool = False
+    init: Literal["torch", "lecun"] = "torch"
+
+    def __post_init__(self) -> None:
+        check_range("net.hidden", self.hidden, 1)
+        check_range("net.layers", self.layers, 1)
+        check_range("net.time_dim", self.time_dim, 4)
+        check_choice("net.embedding", self.embedding, ("dql", "edp"))
+        check_choice("net.init", self.init, ("torch", "lecun"))
+
+
+@dataclass(frozen=True)
+class CriticOptions:
+    """Twin critics and what they learn from.
+
+    Args:
+        hidden: Width of their layers.
+        layers: Hidden layers.
+        activation: ``mish``, ``relu`` or ``silu``.
+        layer_norm: Normalise hidden layers: a stability aid the originals lack.
+        orthogonal: Orthogonal initial weights (CQL) instead of torch's.
+        lr: Learning rate of Adam.
+        grad_clip: Largest norm of the gradient; null for no limit.
+        clip_each: Clip each critic by itself (EDP) rather than both together (Diffusion-QL).
+        tau: Weight of the critics in each step of their targets.
+        backup_candidates: Actions at the next state over which each critic takes its best (max-Q backup); 1 for none.
+        backup_top_k: Take the so-manyth best of them.
+    """
+
+    hidden: int = 256
+    layers: int = 3
+    activation: Literal["mish", "relu", "silu"] = "mish"
+    layer_norm: bool = False
+    orthogonal: bool = False
+    lr: float = 3e-4
+    grad_clip: float | None = None
+    clip_each: bool = False
+    tau: float = 0.005
+    backup_candidates: int = 1
+    backup_top_k: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("critic.hidden", self.hidden, 1)
+        check_range("critic.layers", self.layers, 1)
+        check_choice("critic.activation", self.activation, ("mish", "relu", "silu"))
+        check_range("critic.lr", self.lr, 0, low_open=True, high_open=True)
+        check_range("critic.tau", self.tau, 0, 1, low_open=True)
+        check_range("critic.backup_candidates", self.backup_candidates, 1)
+        check_range("critic.backup_top_k", self.backup_top_k, 1, self.backup_candidates)
+        if self.grad_clip is not None:
+            check_range("critic.grad_clip", self.grad_clip, 0, low_open=True, high_open=True)
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """The network of a feed-forward policy.
+
+    Args:
+        hidden: Width of its layers.
+        layers: Hidden layers.
+        activation: ``relu``, ``mish`` or ``silu``.
+        dropout: Share of the hidden units that are left out in training (IQL on Adroit and the kitchen: 0.1).
+    """
+
+    hidden: int = 256
+    layers: int = 2
+    activation: Literal["relu", "mish", "silu"] = "relu"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("actor.hidden", self.hidden, 1)
+        check_range("actor.layers", self.layers, 1)
+        check_choice("actor.activation", self.activation, ("relu", "mish", "silu"))
+        check_range("actor.dropout", self.dropout, 0, 1, high_open=True)
