@@ -20,7 +20,7 @@ class TwinQ(nn.Module):
     """Independent critics ``Q(s, a)``, two unless told otherwise, each a perceptron on state and action.
 
     The weights of one layer are one parameter with the members first: one product on a GPU, one optimizer entry. On a
-    CPU it costs what separate layers cost (update and backward of two critics of 3 x 256 on 256 rows, one thread: 3.9
+    CPU it costs what separate layers cost (forward and backward of two critics of 3 x 256 on 256 rows, one thread: 3.9
     against 3.8 ms; with MKL's products 5.5 either way).
     """
 
