@@ -14,7 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from lit_diffrl.memory import keep_freed_memory
+
 torch.set_num_threads(1)
+keep_freed_memory()  # as the command line does
 
 YARDSTICK_ROUNDS = 100
 U = pytest.StashKey[float]()

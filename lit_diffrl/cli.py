@@ -28,6 +28,7 @@ from lit_diffrl import runs
 from lit_diffrl.arguments import last_option, nest_nulls, options, read_config
 from lit_diffrl.checkpoint_io import AtomicCheckpointIO
 from lit_diffrl.errors import ConfigError, DataError, causes
+from lit_diffrl.memory import keep_freed_memory
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Method
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.precision import check_precision
@@ -342,6 +343,7 @@ def run(args: list[str]) -> int:
     # Keeps ${...} relative to the file's root, so that they follow the command line and work across files.
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     quieten()
+    keep_freed_memory()
     with warnings.catch_warnings(), one_report():
         for text in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=f".*{text}")
