@@ -1,0 +1,191 @@
+"""CQL: critics that are pushed down where the data does not support them, under a soft actor-critic.
+
+Source: Kumar, Zhou, Tucker and Levine, "Conservative Q-Learning for Offline Reinforcement Learning", 2020; constants
+and order as CORL has them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.data.transitions import PolicyBatch
+from lit_diffrl.errors import check_range
+from lit_diffrl.methods.base import as_options
+from lit_diffrl.methods.losses import max_backup, td_loss, td_target
+from lit_diffrl.methods.offline_learner import OfflineLearner
+from lit_diffrl.methods.policy_options import ActorOptions, CriticOptions
+from lit_diffrl.nets.actors import SquashedGaussianActor, squash
+
+CQL_CRITIC = CriticOptions(activation="relu", orthogonal=True)
+CQL_ACTOR = ActorOptions(layers=3)
+
+
+class CQL(OfflineLearner):
+    """CQL(H): the critics' usual loss plus ``alpha (log sum_a exp Q(s, a) - Q(s, a_data))`` for each (Eq. 4).
+
+    An update takes all gradients at the same, old parameters and then steps:
+
+    1. Critics' target: ``r + gamma (1 - d) min_i Q'_i(s', a')``, a' drawn from the policy; with
+       ``critic.backup_candidates`` above 1 the best of that many for each critic. No entropy in it.
+    2. Temperature of the entropy: holds it at ``target_entropy``.
+    3. Policy: ``mean(temperature log pi(a | s) - min_i Q_i(s, a))``.
+    4. Critics: squared error, and the conservative term. The sum over actions is estimated at ``n_actions`` uniform
+       ones, as many of the policy at s, and as many of it at s', all judged at s and weighed by their densities.
+       With ``target_gap`` a multiplier holds the term there (Lagrange; Eq. 30).
+    5. Targets of the critics.
+
+    Departures from CORL: the logarithm of the standard deviation is the output less 1, without learned scale and
+    offset; the max-target backup takes each critic's best action before the least critic, as the authors do.
+
+    Logged: ``loss/critic`` (the squared errors), ``loss/conservative``, ``loss/actor``, ``q/mean`` (at the data's
+    actions), ``q/uniform`` and ``q/policy`` (at others, at s: below ``q/mean``, or ``alpha`` is too small),
+    ``q/target``, ``entropy`` (ends near ``target_entropy``), ``temperature``, ``multiplier`` (with ``target_gap``;
+    one that grows without end asks for a larger gap), ``grad_norm/critic``, ``grad_norm/actor``. A ``q/mean`` that
+    falls on and on means that ``alpha`` is too large for the rewards' scale.
+
+    Args:
+        policy_epochs: Length of training in epochs.
+        alpha: Weight of the conservative term: 10 on locomotion, 5 on AntMaze, 1 on Adroit's pen.
+        target_gap: What the term is held at by a multiplier of ``alpha`` (AntMaze: 0.8); null for a fixed weight.
+        n_actions: Actions from each of the three sources.
+        temperature: Of the logarithm of the sum.
+        importance_sampling: Weigh the actions by their densities; false adds the data's action and weighs all alike.
+        diff_clip: Least value of the term for a state (AntMaze: -200); null for none.
+        target_entropy: What the policy's entropy is held at; null for minus the number of action entries.
+        actor: The policy's network.
+        critic: The critics and their targets.
+        lr: Learning rate of the policy and the temperature: 3e-5, or 1e-4 on AntMaze and the pen.
+    """
+
+    def __init__(
+        self,
+        policy_epochs: int = 1000,
+        alpha: float = 10.0,
+        target_gap: float | None = None,
+        n_actions: int = 10,
+        temperature: float = 1.0,
+        importance_sampling: bool = True,
+        diff_clip: float | None = None,
+        target_entropy: float | None = None,
+        actor: ActorOptions = CQL_ACTOR,
+        critic: CriticOptions = CQL_CRITIC,
+        lr: float = 3e-5,
+    ) -> None:
+        super().__init__()
+        check_range("model.policy_epochs", policy_epochs, 1)
+        check_range("model.alpha", alpha, 0, high_open=True)
+        check_range("model.n_actions", n_actions, 1)
+        check_range("model.temperature", temperature, 0, low_open=True, high_open=True)
+        check_range("model.lr", lr, 0, low_open=True, high_open=True)
+        for name, value in (("target_gap", target_gap), ("diff_clip", diff_clip), ("target_entropy", target_entropy)):
+            if value is not None:
+                check_range(f"model.{name}", value)
+        self.save_hyperparameters(logger=False)
+        self.policy_epochs, self.alpha, self.target_gap, self.lr = policy_epochs, alpha, target_gap, lr
+        self.n_actions, self.temperature, self.importance_sampling = n_actions, temperature, importance_sampling
+        self.diff_clip, self.target_entropy = diff_clip, target_entropy
+        self.actor_options = as_options(CQL_ACTOR, actor)
+        self.critic_options = as_options(CQL_CRITIC, critic)
+
+    def build(self, spec: DatasetSpec) -> None:
+        """Policy, its temperature, critics with their targets, and the multiplier."""
+        super().build(spec)
+        o = self.actor_options
+        self.actor = SquashedGaussianActor(spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout)
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.build_critics(spec)
+        if self.target_gap is not None:
+            self.log_multiplier = nn.Parameter(torch.ones(()))
+        self.entropy = float(-spec.action_dim) if self.target_entropy is None else self.target_entropy
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """Adam for the critics, the policy, the temperature and the multiplier."""
+        optimizers: list[Optimizer] = [
+            self.critic_optimizer(),
+            Adam(self.actor.parameters(), lr=self.lr, fused=True),
+            Adam([self.log_temperature], lr=self.lr),
+        ]
+        if self.target_gap is not None:
+            optimizers.append(Adam([self.log_multiplier], lr=self.critic_options.lr))
+        return optimizers
+
+    @torch.no_grad()
+    def next_value(self, next_obs: Tensor, action: Tensor) -> Tensor:
+        """The least target critic ``(B,)`` at an action of the policy, or at each critic's best of ``(B, M, A)``."""
+        q = self.target_critic.net(next_obs, action if action.shape[1] > 1 else action[:, 0])
+        return max_backup(q, self.critic_options.backup_top_k) if q.dim() == 3 else q.amin(dim=0)
+
+    def conservative(self, q: Tensor, log_density: Tensor) -> Tensor:
+        """Soft maximum over other actions less the value of the data's, one for each critic.
+
+        Args:
+            q: ``(critics, B, 1 + N)`` values of the data's action and of the N others.
+            log_density: ``(B, N)`` logarithms of the densities that the others were drawn from.
+
+        Returns:
+            ``(critics,)`` means over the batch.
+        """
+        weighed = q[..., 1:] - log_density if self.importance_sampling else q
+        soft_max = self.temperature * (weighed / self.temperature).logsumexp(dim=-1)
+        gap = soft_max - q[..., 0]
+        return (gap if self.diff_clip is None else gap.clamp_min(self.diff_clip)).mean(dim=1)
+
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
+        """One update: temperature, policy, multiplier, critics, targets."""
+        critic_optimizer, actor_optimizer, temperature_optimizer, *multiplier_optimizer = self.optimizers()  # type: ignore[attr-defined, misc]
+        (rows, width), n, m = batch.action.shape, self.n_actions, self.critic_options.backup_candidates
+        noise = self.draws.randn_like(batch.action[:, None].expand(-1, 3 * n + m + 1, -1))
+        for_uniform, for_now, for_next, for_target, for_policy = noise.split((n, n, n, m, 1), dim=1)
+
+        mean, log_std = self.actor(batch.obs)
+        with torch.no_grad():
+            next_mean, next_log_std = self.actor(batch.next_obs)
+            uniform = 2 * torch.special.ndtr(for_uniform) - 1
+            now, now_log_prob = squash(mean, log_std, for_now)
+            ahead, ahead_log_prob = squash(next_mean, next_log_std, for_next)
+            next_value = self.next_value(batch.next_obs, squash(next_mean, next_log_std, for_target)[0])
+            y = td_target(batch.reward, batch.done, batch.discount, next_value)
+            actions = torch.cat([batch.action[:, None], uniform, now, ahead], dim=1)
+            evenly = now_log_prob.new_full((rows, n), -width * math.log(2))
+            log_density = torch.cat([evenly, now_log_prob, ahead_log_prob], dim=1)
+
+        action, log_prob = squash(mean, log_std, for_policy[:, 0])
+        temperature = self.log_temperature.detach().exp()
+        actor_loss = (temperature * log_prob - self.critic(batch.obs, action, members=slice(None)).amin(dim=0)).mean()
+        temperature_loss = -self.log_temperature * (log_prob.detach().mean() + self.entropy)
+        self.descend(temperature_optimizer, temperature_loss, "temperature", batch)
+        actor_norm = self.descend(actor_optimizer, actor_loss, "actor", batch)
+
+        q = self.critic(batch.obs, actions)
+        gap = self.conservative(q, log_density)
+        conservative_loss = self.alpha * gap.sum()
+        if self.target_gap is not None:
+            multiplier = self.log_multiplier.exp().clamp_max(1e6)
+            conservative_loss = multiplier.detach() * self.alpha * (gap - self.target_gap).sum()
+            multiplier_loss = -multiplier * self.alpha * (gap.detach() - self.target_gap).mean()
+            self.descend(multiplier_optimizer[0], multiplier_loss, "multiplier", batch)
+            self.report({"multiplier": multiplier})
+        q_data = q[..., 0]
+        td = td_loss(q_data, y)
+        critic_norm = self.descend(critic_optimizer, td + conservative_loss, "critic", batch)
+
+        self.target_critic.update(self.critic)
+        self.updates += 1
+
+        if self.reporting:
+            self.report(
+                {"loss/critic": td, "loss/conservative": conservative_loss, "q/mean": q_data.mean()}, prog_bar=True
+            )
+            self.report({"loss/actor": actor_loss, "entropy": -log_prob.mean(), "temperature": temperature})
+            means = {"q/uniform": q[..., 1 : n + 1].mean(), "q/policy": q[..., n + 1 : 2 * n + 1].mean()}
+            self.report({**means, "q/target": y.mean(), "grad_norm/critic": critic_norm, "grad_norm/actor": actor_norm})
+
+    def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
+        """The mean of the policy, squashed."""
+        mean: Tensor = self.actor(obs)[0]
+        return mean.tanh()
