@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,21 @@ import pytest
 import torch
 import yaml
 from gymnasium.envs.registration import EnvSpec
+from lightning.pytorch import LightningDataModule
+from omegaconf import OmegaConf
 
 import lit_diffrl
 from lit_diffrl.__main__ import main
 from lit_diffrl.data import pointmaze
+from lit_diffrl.data.d4rl import TASKS, task_name
+from lit_diffrl.methods import Method
+from lit_diffrl.typos import find_class, parameters
 
 CONF = Path(__file__).parents[1] / "conf"
 MAIN = [*sorted(CONF.glob("*.yaml")), *sorted(CONF.glob("paper/*/*.yaml"))]
 OVERLAYS = sorted(CONF.glob("data/*.yaml"))
-PHASES = ("world_model_epochs", "value_epochs", "diffusion_epochs")
 SMALL = [
     "--data.updates_per_epoch=2",
-    "--data.batch_size=2",
-    "--data.transition_batch_size=8",
     "--rollout.episodes=1",
     "--rollout.num_envs=1",
     "--rollout.max_steps=2",
@@ -81,6 +83,22 @@ def write_minari(dataset_id: str, env_id: str, episodes: list[dict[str, Any]]) -
     minari.create_dataset_from_buffers(dataset_id, buffers, env_id, ref_min_score=0.0, ref_max_score=100.0)
 
 
+def invented(task: str, steps: int = 60) -> list[dict[str, np.ndarray]]:
+    """Two episodes of random numbers of a task's sizes, for tasks without an environment; rewards are 0 or 1."""
+    rng, sizes = np.random.default_rng(0), TASKS[task]
+    last = np.arange(steps) == steps - 1
+    return [
+        {
+            "observations": rng.normal(size=(steps + 1, sizes.obs_dim)),
+            "actions": rng.uniform(-1, 1, size=(steps, sizes.action_dim)),
+            "rewards": (rng.random(steps) < 0.2).astype(float),
+            "terminations": last,
+            "truncations": ~last & last,
+        }
+        for _ in range(2)
+    ]
+
+
 def write_d4rl(path: Path, episodes: list[dict[str, np.ndarray]]) -> None:
     with h5py.File(path, "w") as file:
         file["observations"] = np.concatenate([e["observations"][:-1] for e in episodes]).astype(np.float32)
@@ -101,11 +119,14 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("MINARI_DATASETS_PATH", str(root / "minari"))
         patch.setattr(pointmaze, "STEPS", WALK)
         patch.setattr(pointmaze, "REFERENCE_EPISODES", 1)
+        recorded = {robot: record(env_id) for robot, env_id in ROBOTS.items()}
         for robot, env_id in ROBOTS.items():
-            episodes = record(env_id)
-            write_d4rl(root / f"{robot}_medium-v2.hdf5", episodes)
             for level in ("medium", "expert"):
-                write_minari(f"mujoco/{robot}/{level}-v0", env_id, episodes)
+                write_minari(f"mujoco/{robot}/{level}-v0", env_id, recorded[robot])
+        for file in {str(merged([path])["data"]["init_args"]["dataset"]) for path in MAIN}:
+            task = task_name(Path(file).stem) if file.endswith(".hdf5") else None
+            if task is not None:
+                write_d4rl(root / file, recorded.get(task) or invented(task))
         yield root
 
 
@@ -122,15 +143,24 @@ def folder(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 # ---------------------------------------------------------------- a short run and what must come of it
 
 
+def merged(paths: Iterable[str | Path]) -> dict[str, Any]:
+    """What config files say together."""
+    return OmegaConf.to_container(OmegaConf.merge(*(OmegaConf.load(path) for path in paths)))  # type: ignore[return-value]
+
+
 def shortened(paths: list[str]) -> list[str]:
-    """Options that leave one epoch of each phase that a config has, and a few network calls per plan."""
-    model: dict[str, Any] = {}
-    for path in paths:
-        model |= (yaml.safe_load(Path(path).read_text()).get("model") or {}).get("init_args", {})
-    options = [f"--model.{phase}=1" for phase in PHASES if model.get(phase)]
-    if (model.get("plan") or {}).get("candidates", 1) > 1:
+    """Options that leave two updates of each phase that a config has, and a few network calls per plan or action."""
+    content = merged(paths)
+    given = content["model"]["init_args"]
+    accepted = parameters(find_class("model", content["model"]["class_path"], Method))
+    options = [f"--model.{phase}=1" for phase, epochs in given.items() if phase.endswith("_epochs") and epochs]
+    if (given.get("plan") or {}).get("candidates", 1) > 1:
         options.append("--model.plan.candidates=2")
-    return [*SMALL, *options, "--model.sampler.steps=2", "--model.ema.every=1"]
+    options += ["--model.sampler.steps=2"] if "sampler" in accepted else []
+    options += ["--model.ema.every=1"] if "ema" in accepted else []
+    batches = parameters(find_class("data", content["data"]["class_path"], LightningDataModule))
+    sizes = {"batch_size": 2, "transition_batch_size": 8}
+    return [*SMALL, *options, *(f"--data.{name}={size}" for name, size in sizes.items() if name in batches)]
 
 
 def fit(paths: list[str], *more: str) -> dict[str, Any]:
@@ -138,17 +168,24 @@ def fit(paths: list[str], *more: str) -> dict[str, Any]:
     configs = [argument for path in paths for argument in ("--config", path)]
     assert main(["fit", *configs, *shortened(paths), "--run", "short", *more]) == 0
     (last,) = Path("tb_logs").glob("*/*/short/checkpoints/last.ckpt")
-    checkpoint = torch.load(last, weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(last, weights_only=True)
 
-    options, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
-    assert options["horizon"] == data["horizon"]
-    assert checkpoint["epoch"] + 1 == sum(options[phase] for phase in PHASES)
-    assert checkpoint["global_step"] == 2 * (checkpoint["epoch"] + 1)
-    assert all(bool(value.isfinite().all()) for key, value in checkpoint["state_dict"].items() if "best" not in key)
-    assert last.with_name("best.ckpt").exists() and (last.parents[1] / "config.yaml").exists()
+    options, state = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+    if "horizon" in options:
+        assert options["horizon"] == checkpoint["datamodule_hyper_parameters"]["horizon"]
+    epochs = sum(options[name] for name in options if name.endswith("_epochs"))
+    assert checkpoint["epoch"] + 1 == epochs
+    assert int(state.get("updates", checkpoint["global_step"])) == 2 * epochs
+    assert all(bool(value.isfinite().all()) for key, value in state.items() if "best" not in key)
+    assert (last.parents[1] / "config.yaml").exists()
 
     agent = lit_diffrl.load(last)
-    assert agent.spec is not None and agent.spec.env_spec is not None
+    assert agent.spec is not None
+    if agent.spec.env_spec is None:
+        assert task_name(agent.spec.dataset_ids[0]) not in ROBOTS
+        assert np.abs(agent.act(np.zeros(agent.spec.obs_dim, dtype=np.float32))).max() <= 1
+        return checkpoint
+    assert last.with_name("best.ckpt").exists()
     env = gym.make(EnvSpec.from_json(agent.spec.env_spec))
     obs, _ = env.reset(seed=0)
     assert env.action_space.contains(agent.act(obs))
@@ -214,10 +251,16 @@ def test_a_gpu_trains_by_conf_trainer_gpu() -> None:
             "--data.dataset lit_diffrl/pointmaze/umaze-multi-v0 --model.lambda_rd 0 --model.weighting.mode none",
         ),
         ("paper/diffuser/hopper", "--model.guide.scale 1e-4 --model.guide.t_stopgrad 4"),
+        ("bc", "--data.top_fraction 0.1"),
+        ("paper/crr/locomotion", "--model.weighting indicator"),
+        ("paper/crr/locomotion", "--model.candidates 1 --model.bound 100"),
+        ("paper/iql/adroit", "--model.expectile 0.8 --model.beta 3"),
+        ("paper/td3bc/locomotion", "--data.dataset mujoco/hopper/medium-v0"),
     ],
 )
 def test_the_alternatives_in_comments_train_too(config: str, more: str) -> None:
-    fit([f"conf/{config}.yaml"], *more.split(), "--model.dim=8", "--rollout.video=false")
+    narrow = ["--model.dim=8", "--rollout.video=false"] if re.search("dmemm|diffuser", config) else []
+    fit([f"conf/{config}.yaml"], *more.split(), *narrow)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class DiffusionLearner(OfflineLearner):
         super().build(spec)
         self.policy = DiffusionPolicy(spec.obs_dim, spec.action_dim, self.schedule, self.net_options)
         o = self.ema_options
-        self.policy_ema = EMA(self.policy, o.decay, o.every, o.start, offset=self.ema_offset, hold=True)
+        self.policy_ema = EMA(self.policy, o.decay, o.every, o.start, offset=self.ema_offset % o.every, hold=True)
         self.build_critics(spec)
 
     def configure_optimizers(self) -> list[Optimizer]:
