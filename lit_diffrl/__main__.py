@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 after an error that a person can fix (one line on stderr; LIT_DIFFRL_TRACEBACK=1 shows where
-        it came from), 130 and 143 when interrupted and terminated.
+        it came from), 130, 143 and 138 when stopped by Ctrl-C, SIGTERM and SIGUSR1.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):

@@ -164,11 +164,11 @@ def test_a_fault_stops_every_phase_of_every_config(
         more = ("--ckpt_path", "last") if number else ()
         line, before = stopped(capsys, config, *more), last_epoch()
         assert f"error: {config.method.__name__}, phase {phase}, epoch {place.epoch}, update 1 (" in line
-        assert "loss/total" in line and " = nan" in line and "look at these steps of the dataset" in line
+        assert "loss/" in line and " = nan" in line and "look at these steps of the dataset" in line
         assert before == place.epoch - 1, "the last checkpoint is that of the epoch before"
         content = report()
         assert (content["phase"], content["epoch"], content["update"]) == (phase, place.epoch, 1)
-        assert content["values"]["loss/total"] == "nan"
+        assert "nan" in [v for k, v in content["values"].items() if k.startswith("loss/")]
         spoiled = {k: int(v.is_floating_point()) for k, v in fault.batch._asdict().items()}
         assert {k: v["not_finite"] for k, v in content["batch"].items()} == spoiled
         redrawn = fault.redrawn(content["indices"])
@@ -327,6 +327,17 @@ sys.exit(main())
 
 
 # ---------------------------------------------------------------- advice
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_what_stopped_the_run(
+    fault: Fault, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(ROOT / "conf/diffuser.yaml")
+    assert fit(config, "--trainer.max_epochs", "1") == 0
+    (last().parents[1] / "not_finite.json").mkdir()
+    fault.batch_at = Place(1, 0)
+    line = stopped(capsys, config, "--ckpt_path", "last")
+    assert "loss/total" in line and "not_finite.json, which could not be written (Is a directory)" in line
 
 
 def test_the_advice_names_the_options_that_there_are() -> None:

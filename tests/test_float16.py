@@ -57,7 +57,7 @@ def test_gradients_are_clipped_without_the_scale(fused: bool, monkeypatch: pytes
         assert 0 < (a - b).norm() < 0.1 * 0.01
     for tag in ("grad_norm/world_model", "grad_norm/diffusion"):
         assert min(values("32-true", tag)) > 0.02
-        assert values("16-mixed", tag) == pytest.approx(values("32-true", tag), rel=0.02)
+        assert values("16-mixed", tag)[0] == pytest.approx(values("32-true", tag)[0], rel=0.02)  # of the same weights
 
 
 def steps(content: dict[str, Any]) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch import Trainer
 
-from lit_diffrl.seeding import Place, global_seed
+from lit_diffrl.seeding import Place, global_seed, mix_seed
 
 
 class Drawing(Protocol):
@@ -48,7 +48,8 @@ class Blocks:
         block, index = divmod(place.index, self.size)
         key = (phase, replace(place, index=block), global_seed())
         if self._key != key:
-            generator = torch.Generator().manual_seed(replace(place, index=block).seed())
+            # Mixed with one number more than the seeds of updates: noise and batches have nothing in common.
+            generator = torch.Generator().manual_seed(mix_seed(global_seed(), place.epoch, block, self.size))
             self._key, self._rows = key, draw(phase, place, generator)
         return self._rows[index]
 

@@ -279,6 +279,7 @@ class WindowData(OfflineData):
             setattr(self, name, getattr(self, name).to(device))
         self.starts = {horizon: start.to(device) for horizon, start in self.starts.items()}
         self.bootstraps = {members: index.to(device) for members, index in self.bootstraps.items()}
+        self.blocks = Blocks()
 
     def transitions(self, start: Tensor) -> TransitionBatch:
         """Transitions from the steps ``start`` ``(M, B)`` to ``stride`` steps later."""

@@ -257,7 +257,7 @@ class Method(LightningModule):
 
     @property
     def reporting(self) -> bool:
-        """Whether this update is drawn in the curves: every ``log_every_n_steps``-th, and the first of an epoch.
+        """Whether this update is shown: every ``log_every_n_steps``-th in the curves, an epoch's first in the bar only.
 
         What is logged at other updates goes nowhere but costs as much; so compute and log it only here.
         """

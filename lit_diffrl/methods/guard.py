@@ -115,10 +115,9 @@ class Guard:
         details = ""
         if trainer is not None:
             folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
-            if report:
-                _write(folder / _file_name(place.rank), report)
+            unwritten = _write(folder / _file_name(place.rank), report) if report else ""
             trainer.strategy.barrier("not_finite")  # the first process ends the others
-            details = f"; details in {' and '.join(str(folder / _file_name(rank)) for rank in failed)}"
+            details = f"; details in {' and '.join(str(folder / _file_name(rank)) for rank in failed)}{unwritten}"
         first = failed[0]
         names = ", ".join(name for name, wrong in zip(checked.names, bad[first].tolist()) if wrong)
         numbers = checked.numbers(first) | (report["diagnosis"] if first == place.rank else {})
@@ -243,12 +242,22 @@ def _file_name(rank: int) -> str:
     return REPORT if rank == 0 else REPORT.replace(".", f"_process{rank}.")
 
 
-def _write(path: Path, report: Mapping[str, Any]) -> None:
+def _write(path: Path, report: Mapping[str, Any]) -> str:
+    """Write a report; a disk that is full must not hide what stopped the run.
+
+    Returns:
+        Why it could not be written, or an empty string.
+    """
+
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: plain(v) for k, v in value.items()}
         # JSON has neither NaN nor infinity.
         return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plain(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        return f", which could not be written ({error.strerror or error})"
+    return ""

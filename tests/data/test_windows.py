@@ -8,10 +8,11 @@ import torch
 from lit_diffrl.data.episodes import Episodes
 from lit_diffrl.data.segments import discounted_returns, goal_departures, window_starts
 from lit_diffrl.data.sources import SourceInfo
+from lit_diffrl.data.stream import Blocks
 from lit_diffrl.data.windows import WindowData
 from lit_diffrl.errors import ConfigError, DataError
 from lit_diffrl.methods.base import Phase
-from lit_diffrl.seeding import Place
+from lit_diffrl.seeding import Draws, Place
 
 
 def make_episodes(lengths: list[int], obs_dim: int = 2, action_dim: int = 1, terminal: bool = False) -> Episodes:
@@ -138,6 +139,21 @@ def test_draws_are_a_pure_function_of_seed_and_place(monkeypatch):
         assert not torch.equal(base, first.draw(WINDOWS, other).trajectory)
     monkeypatch.setenv("PL_GLOBAL_SEED", "8")
     assert not torch.equal(base, first.draw(WINDOWS, here).trajectory)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_batches_and_noise_have_streams_of_their_own(number):
+    """Also where the block of batches and the update have the same number."""
+    drawn = []
+
+    def draw(phase, place, generator):
+        drawn.append(torch.rand(4, generator=generator))
+        return [None] * 64
+
+    Blocks(64).row(WINDOWS, Place(3, 64 * number), draw)
+    draws = Draws()
+    draws.begin(Place(3, number), torch.device("cpu"))
+    assert not torch.equal(drawn[0], torch.rand(4, generator=draws._generator))
 
 
 @pytest.mark.parametrize(("phase", "size"), [(WINDOWS, "batch_size"), (ensemble(3), "transition_batch_size")])
