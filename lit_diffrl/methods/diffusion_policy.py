@@ -107,7 +107,7 @@ class DiffusionPolicy(nn.Module):
             net = self.net.given(obs, [call.k for call in calls])
 
             def eps_model(x: Tensor, k: Tensor) -> Tensor:
-                eps = scale * net(x, k)
+                eps = scale * net(x, k).to(x.dtype)
                 return clip_eps(x, eps, schedule, k) if options.clip else eps
 
             x = sample_dpm_ode(eps_model, x, schedule, steps=steps, order=options.order, method=options.method)
@@ -117,7 +117,7 @@ class DiffusionPolicy(nn.Module):
 
         def denoise(x: Tensor, k: Tensor) -> Tensor:
             # All rows are at one step, whose embedding is computed once.
-            x0_hat = schedule.x0_from_eps(x, k, scale * net(x, k[:1] - 1))
+            x0_hat = schedule.x0_from_eps(x, k, scale * net(x, k[:1] - 1).to(x.dtype))
             return x0_hat.clamp(-1, 1) if options.clip else x0_hat
 
         sampler = sample_ddim if options.name == "ddim" else sample_ddpm

@@ -93,3 +93,15 @@ def test_running_statistics_are_copied() -> None:
 def test_options_out_of_range_are_refused(option: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"EMA {next(iter(option))}"):
         EMA(constant(0.0), **option)  # type: ignore[arg-type]
+
+
+def test_an_average_may_hold_its_first_weights_and_count_from_another_step() -> None:
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(net.weight)
+    ema = EMA(net, decay=0.5, every=5, start=11, offset=1, hold=True)
+    torch.nn.init.ones_(net.weight)
+    seen = []
+    for _ in range(21):
+        ema.update(net)
+        seen.append(float(ema.net.weight))  # type: ignore[arg-type]
+    assert seen == [0.0] * 10 + [0.5] * 5 + [0.75] * 5 + [0.875]
