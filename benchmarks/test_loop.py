@@ -58,7 +58,7 @@ def test_loop(
     marks("on_train_batch_end", 1, True)
     marks("on_train_epoch_start", -1, False)
     timed("training_step", "step")
-    for name in ("report", "guard"):
+    for name in ("report", "guard", "clip_gradients_of"):
         timed(name, "watching")
 
     monkeypatch.chdir(tmp_path)
@@ -73,4 +73,4 @@ def test_loop(
         share = 100 * (every - bare) / bare
         note(f"{config.stem}, {phase}: update without loop, data and logs", bare)
         note(f"{config.stem}, {phase}: loop and data", every - step)
-        note(f"{config.stem}, {phase}: logs and guard; all three are {share:.1f} % of the update", watching)
+        note(f"{config.stem}, {phase}: logs, norms and guard; all three are {share:.1f} % of the update", watching)

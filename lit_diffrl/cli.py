@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -53,6 +54,7 @@ EXPECTED_WARNINGS = (
     "LeafSpec",
     "`broadcast_buffers` is deprecated",
 )
+AGREED = "LIT_DIFFRL_CHECKPOINT"  # what `--ckpt_path last` means to all processes of a run
 BASES: dict[str, type] = {"model": Method, "data": LightningDataModule}
 TRAINER_CLASSES: dict[str, type] = {"trainer.callbacks": Callback, "trainer.logger": Logger}
 
@@ -148,7 +150,7 @@ class DiffRLCLI(LightningCLI):
             # Only the first process may ask: by the time others do, it may have begun to write.
             self.folder = runs.new_run(parent, name) if first_process() else parent / (name or "rank")
             return
-        checkpoint = runs.find_checkpoint(given, logs, f"{parent.relative_to(logs)}/{name or '*'}")
+        checkpoint = agreed_checkpoint(given, logs, f"{parent.relative_to(logs)}/{name or '*'}")
         own = runs.run_folder(checkpoint)
         if not fit and name is not None and name != own.name:
             raise ConfigError(f"{subcommand} writes beside its checkpoint, into {own}: leave out --run {name}")
@@ -164,6 +166,8 @@ class DiffRLCLI(LightningCLI):
         self.epochs_done = loops["epoch_progress"]["total"]["processed"]
         self.updates_done = 0 if updates["is_last_batch"] else updates["current"]["processed"]
         config.ckpt_path = str(checkpoint)
+        if fit:
+            refuse_shorter_epochs(config.data.get("init_args") or {}, self.updates_done)
         target = None if given in runs.ALIASES or name is None else parent / name
         if not fit or runs.continues(checkpoint, target):
             self.folder = own
@@ -293,11 +297,25 @@ def with_own_config(args: list[str]) -> list[str]:
     if given is None or named or any("model" in c for c in configs):
         return args
     logs = Path(last_option(args, "logs") or "tb_logs").expanduser()
-    checkpoint = runs.find_checkpoint(given, logs, f"*/*/{last_option(args, 'run') or '*'}")
+    checkpoint = agreed_checkpoint(given, logs, f"*/*/{last_option(args, 'run') or '*'}")
     config = runs.run_folder(checkpoint) / "config.yaml"
     if not config.is_file():
         raise ConfigError(f"--ckpt_path {given} without --config: its run has no {config}; give --config FILE")
     return [args[0], "--config", str(config), *args[1:], "--ckpt_path", str(checkpoint)]
+
+
+def agreed_checkpoint(given: str, logs: Path, pattern: str) -> Path:
+    """Find the checkpoint that an option means.
+
+    Of several processes the first decides, through the environment that the others inherit: while they start, another
+    run may save a newer one.
+    """
+    if not first_process() and given in runs.ALIASES and AGREED in os.environ:
+        return Path(os.environ[AGREED])
+    found = runs.find_checkpoint(given, logs, pattern)
+    if first_process():
+        os.environ[AGREED] = str(found.absolute())
+    return found
 
 
 def check_method(checkpoint: Path, saved: str, method: type) -> None:
@@ -311,6 +329,20 @@ def check_method(checkpoint: Path, saved: str, method: type) -> None:
         raise ConfigError(
             f"--ckpt_path {checkpoint} is a checkpoint of {saved}, the config says {ours}; give the config of that "
             f"run, {runs.run_folder(checkpoint) / 'config.yaml'}, or start a new run without --ckpt_path"
+        )
+
+
+def refuse_shorter_epochs(data: Any, done: int) -> None:
+    """Refuse epochs that would have ended before the place where training goes on.
+
+    Raises:
+        ConfigError: With both numbers.
+    """
+    length = data.get("updates_per_epoch")
+    if done and length is not None and length <= done:
+        raise ConfigError(
+            f"--data.updates_per_epoch {length}: the checkpoint was saved after {done} updates of an epoch, whose end "
+            f"and evaluation would be passed over; give at least {done + 1}"
         )
 
 

@@ -48,10 +48,11 @@ def check_trainer_options(trainer: Mapping[str, Any]) -> None:
 
 
 def check_seed(seed: int | bool | None) -> None:
-    """Refuse a seed that numpy does not take; true and false are Lightning's for one it draws, and none.
+    """Refuse a seed that numpy does not take, and Lightning's true and false: a run without a number is not repeated.
 
     Raises:
         ConfigError: With the range.
     """
-    if seed is not None and not isinstance(seed, bool):
-        check_range("--seed_everything", seed, 0, 2**32 - 1)
+    if seed is None or isinstance(seed, bool):
+        raise ConfigError(f"--seed_everything must be a number, got {str(seed).lower()}; leave it out for 0")
+    check_range("--seed_everything", seed, 0, 2**32 - 1)
