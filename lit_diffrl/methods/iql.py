@@ -107,13 +107,13 @@ class IQL(OfflineLearner):
         value_norm = self.descend(value_optimizer, value_loss, "value", batch)
 
         with torch.no_grad():
-            weights = exponential_weights(least - self.value(batch.obs), self.beta, self.bound)
+            now, ahead = self.value(torch.cat([batch.obs, batch.next_obs])).chunk(2)
+        weights = exponential_weights(least - now, self.beta, self.bound)
         mean, log_std = self.actor(batch.obs)
         actor_loss = -(weights * gaussian_log_prob(batch.action, mean, log_std)).mean()
         actor_norm = self.descend(actor_optimizer, actor_loss, "actor", batch)
 
-        with torch.no_grad():
-            y = td_target(batch.reward, batch.done, batch.discount, self.value(batch.next_obs))
+        y = td_target(batch.reward, batch.done, batch.discount, ahead)
         q = self.critic(batch.obs, batch.action)
         critic_loss = td_loss(q, y)
         critic_norm = self.descend(critic_optimizer, critic_loss, "critic", batch)

@@ -65,8 +65,10 @@ def test_the_policy_is_weighed_by_the_targets_not_by_the_critics() -> None:
 @pytest.mark.parametrize(("expectile", "value"), [(0.5, 0.5), (0.7, 0.7), (0.9, 0.9)])
 def test_the_value_of_a_coin_is_its_expectile(expectile: float, value: float) -> None:
     """Half of the bandit's actions earn 1: the expectile tau of a fair coin is tau."""
-    method: Any = fit(IQL(**small(IQL, expectile=expectile, critic={"lr": 1e-2, "tau": 0.05})), 500)
-    assert float(method.value(torch.zeros(1, 2))) == pytest.approx(value, abs=0.06)
+    data = bandit()
+    data.batch_size = 1000  # a small batch's share of ones wavers, and the value with it
+    method: Any = fit(IQL(**small(IQL, expectile=expectile, critic={"lr": 3e-3, "tau": 0.1})), 500, data)
+    assert float(method.value(torch.zeros(1, 2))) == pytest.approx(value, abs=0.05)
 
 
 def test_beta_0_is_cloning() -> None:
