@@ -128,7 +128,7 @@ def test_each_critic_is_clipped_by_itself_where_asked(kind: type[Any]) -> None:
 
 
 BANDIT: dict[type[Any], dict[str, Any]] = {
-    TD3BC: {"lr": 1e-3, "critic": {"lr": 1e-3}},
+    TD3BC: {"lr": 1e-3, "critic": {"lr": 1e-3}, "alpha": 1.0},
     IQL: {"lr": 3e-3, "critic": {"lr": 1e-3}},
     CQL: {"lr": 3e-3, "critic": {"lr": 3e-3}, "alpha": 0.2},
     CRR: {"lr": 3e-3, "critic": {"lr": 1e-3}, "beta": 0.1},
