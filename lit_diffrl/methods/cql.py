@@ -32,12 +32,12 @@ class CQL(OfflineLearner):
 
     1. Critics' target: ``r + gamma (1 - d) min_i Q'_i(s', a')``, a' drawn from the policy; with
        ``critic.backup_candidates`` above 1 the best of that many for each critic. No entropy in it.
-    2. Temperature of the entropy: holds it at ``target_entropy``.
-    3. Policy: ``mean(temperature log pi(a | s) - min_i Q_i(s, a))``.
-    4. Critics: squared error, and the conservative term. The sum over actions is estimated at ``n_actions`` uniform
+    2. Policy: ``mean(temperature log pi(a | s) - min_i Q_i(s, a))``, and the temperature, which holds the policy's
+       entropy at ``target_entropy``.
+    3. Critics: squared error, and the conservative term. The sum over actions is estimated at ``n_actions`` uniform
        ones, as many of the policy at s, and as many of it at s', all judged at s and weighed by their densities.
        With ``target_gap`` a multiplier holds the term there (Lagrange; Eq. 30).
-    5. Targets of the critics.
+    4. Targets of the critics.
 
     Departures from CORL: the logarithm of the standard deviation is the output less 1, without learned scale and
     offset; the max-target backup takes each critic's best action before the least critic, as the authors do.
@@ -104,11 +104,10 @@ class CQL(OfflineLearner):
         self.entropy = float(-spec.action_dim) if self.target_entropy is None else self.target_entropy
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """Adam for the critics, the policy, the temperature and the multiplier."""
+        """Adam for the critics, the policy with its temperature, and the multiplier."""
         optimizers: list[Optimizer] = [
             self.critic_optimizer(),
-            Adam(self.actor.parameters(), lr=self.lr, fused=True),
-            Adam([self.log_temperature], lr=self.lr),
+            Adam([*self.actor.parameters(), self.log_temperature], lr=self.lr, fused=True),
         ]
         if self.target_gap is not None:
             optimizers.append(Adam([self.log_multiplier], lr=self.critic_options.lr))
@@ -136,8 +135,8 @@ class CQL(OfflineLearner):
         return (gap if self.diff_clip is None else gap.clamp_min(self.diff_clip)).mean(dim=1)
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
-        """One update: temperature, policy, multiplier, critics, targets."""
-        critic_optimizer, actor_optimizer, temperature_optimizer, *multiplier_optimizer = self.optimizers()  # type: ignore[attr-defined, misc]
+        """One update: policy and temperature, multiplier, critics, targets."""
+        critic_optimizer, actor_optimizer, *multiplier_optimizer = self.optimizers()  # type: ignore[attr-defined, misc]
         (rows, width), n, m = batch.action.shape, self.n_actions, self.critic_options.backup_candidates
         noise = self.draws.randn_like(batch.action[:, None].expand(-1, 3 * n + m + 1, -1))
         for_uniform, for_now, for_next, for_target, for_policy = noise.split((n, n, n, m, 1), dim=1)
@@ -158,8 +157,7 @@ class CQL(OfflineLearner):
         temperature = self.log_temperature.detach().exp()
         actor_loss = (temperature * log_prob - self.critic(batch.obs, action, members=slice(None)).amin(dim=0)).mean()
         temperature_loss = -self.log_temperature * (log_prob.detach().mean() + self.entropy)
-        self.descend(temperature_optimizer, temperature_loss, "temperature", batch)
-        actor_norm = self.descend(actor_optimizer, actor_loss, "actor", batch)
+        actor_norm = self.descend(actor_optimizer, actor_loss + temperature_loss, "actor", batch)
 
         q = self.critic(batch.obs, actions)
         gap = self.conservative(q, log_density)

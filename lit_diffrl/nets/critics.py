@@ -14,6 +14,7 @@ from lit_diffrl.nets.activations import ACTIVATIONS
 from lit_diffrl.nets.ensemble import EnsembleLinear, Members
 from lit_diffrl.nets.linear import batched_linear
 from lit_diffrl.nets.mlp import MLP
+from lit_diffrl.nets.relu_blocks import learns_from_many, relu_perceptrons
 
 
 class TwinQ(nn.Module):
@@ -77,6 +78,11 @@ class TwinQ(nn.Module):
         Returns:
             ``(M, B)`` or ``(M, B, N)``, M the number of critics asked; float32 or better.
         """
+        if action.dim() == 3 and members is None and isinstance(self.activation, nn.ReLU) and not self.norms:
+            rows = torch.cat([obs.unsqueeze(1).expand(-1, action.shape[1], -1), action], dim=-1).flatten(0, 1)
+            if learns_from_many(rows, self.head.weight):
+                values = relu_perceptrons(rows, [layer.parameters_of() for layer in (*self.layers, self.head)])
+                return values.reshape(len(values), *action.shape[:-1])
         h = self._first(obs, action.reshape(len(obs), -1, action.shape[-1]), members)
         for i, layer in enumerate(self.layers):
             h = h if i == 0 else layer(h, members)

@@ -42,10 +42,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
-    if not (x.numel() * len(weight) > WORTH and _fits(x, weight) and _dense(x) and _dense(weight)):
+    if not (x.numel() * len(weight) > WORTH and fits(x, weight) and _dense(x) and _dense(weight)):
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if _learns(x, weight, bias):
+    if learns(x, weight, bias):
         out: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     else:
         out = _product(rows, weight, bias)
@@ -65,10 +65,10 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """
     rows, (_, width_in, width_out) = x.shape[-2], weight.shape
     worth = rows * width_in * width_out > 2 * WORTH or (width_out == 1 and rows > 32)
-    if not (worth and _fits(x, weight) and _dense(x) and _dense(weight[0])):
+    if not (worth and fits(x, weight) and _dense(x) and _dense(weight[0])):
         x = x.expand(len(weight), -1, -1)
         return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
-    if _learns(x, weight, bias):
+    if learns(x, weight, bias):
         out: Tensor = _BatchedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
     return _batched_product(x, weight, bias)
@@ -115,7 +115,8 @@ class _BatchedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad.sum(1, keepdim=True) if ctx.needs_input_grad[2] else None
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product is there for these."""
     return (
         ONEDNN is not None
         and x.device.type == weight.device.type == "cpu"
@@ -125,7 +126,8 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _learns(*tensors: Tensor | None) -> bool:
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is to reach any of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -56,7 +56,7 @@ def test_a_policys_step_leaves_gradients_on_the_policy_alone(kind: type[Any]) ->
     method.training_step(batch(), 0)
 
     def others() -> list[torch.Tensor | None]:
-        own = set(method.actor.parameters())
+        own = {*method.actor.parameters(), getattr(method, "log_temperature", None)}
         return [None if p.grad is None else p.grad.clone() for p in method.parameters() if p not in own]
 
     descend, seen = method.descend, []

@@ -1,0 +1,92 @@
+"""Perceptrons in blocks of rows: what they compute is what layer after layer computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_diffrl.nets import relu_blocks
+from lit_diffrl.nets.critics import TwinQ
+from lit_diffrl.nets.linear import ONEDNN
+from lit_diffrl.nets.relu_blocks import WORTH, learns_from_many, relu_perceptrons
+
+pytestmark = pytest.mark.skipif(ONEDNN is None, reason="this processor or build keeps to the other product")
+
+
+def layers_of(critic: TwinQ) -> list[tuple[Tensor, Tensor]]:
+    return [layer.parameters_of() for layer in (*critic.layers, critic.head)]  # type: ignore[union-attr, operator]
+
+
+def gradients(critic: TwinQ, values: Tensor) -> list[Tensor]:
+    (values * torch.linspace(-1, 2, values.numel()).view(values.shape)).sum().backward()
+    found = [p.grad for p in critic.parameters() if p.grad is not None]
+    critic.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 700, 1024, 2500])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_values_and_gradients_are_those_of_layer_after_layer(rows: int, layers: int) -> None:
+    torch.manual_seed(0)
+    critic = TwinQ(4, 2, hidden=24, layers=layers, activation="relu")
+    obs, action = torch.randn(rows, 4), torch.randn(rows, 2)
+    plain = critic(obs, action)
+    blocks = relu_perceptrons(torch.cat([obs, action], dim=1), layers_of(critic))
+    torch.testing.assert_close(blocks, plain, rtol=1e-5, atol=1e-6)
+    expected, found = gradients(critic, plain), gradients(critic, blocks)
+    assert len(expected) == len(found) == 2 * (layers + 1)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Rows of each call that a critic makes."""
+    from lit_diffrl.nets import critics
+
+    seen: list[int] = []
+
+    def watched(x: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
+        seen.append(len(x))
+        return relu_blocks.relu_perceptrons(x, layers)
+
+    monkeypatch.setattr(critics, "relu_perceptrons", watched)
+    yield seen
+
+
+def test_critics_that_learn_from_many_actions_work_in_blocks(calls: list[int]) -> None:
+    torch.manual_seed(0)
+    critic, n = TwinQ(4, 2, hidden=16, layers=2, activation="relu"), WORTH // 100 + 1
+    obs, action = torch.randn(100, 4), torch.randn(100, n, 2)
+    values = critic(obs, action)
+    assert calls == [100 * n] and values.shape == (2, 100, n)
+    each = critic(obs.repeat_interleave(n, 0), action.flatten(0, 1)).view(2, 100, n)
+    torch.testing.assert_close(values, each, rtol=1e-5, atol=1e-6)
+
+
+def test_others_go_layer_by_layer(calls: list[int]) -> None:
+    many, few = torch.randn(100, WORTH // 100 + 1, 2), torch.randn(100, 3, 2)
+    obs = torch.randn(100, 4)
+    relu, mish = TwinQ(4, 2, hidden=8, activation="relu"), TwinQ(4, 2, hidden=8)
+    normed = TwinQ(4, 2, hidden=8, activation="relu", layer_norm=True)
+    relu(obs, few), mish(obs, many), normed(obs, many), relu(obs, many, members=slice(None))
+    relu.double()(obs.double(), many.double())
+    relu.float()(obs, many.clone().requires_grad_())
+    with torch.no_grad():
+        relu(obs, many)
+    with torch.autocast("cpu", torch.bfloat16):
+        relu(obs, many)
+    assert calls == []
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    critic = TwinQ(1, 1, hidden=8, activation="relu")
+    x = torch.randn(4, 2)
+    assert not learns_from_many(x, critic.head.weight), "too few rows"
+    values = relu_perceptrons(x, layers_of(critic))
+    (slope,) = torch.autograd.grad(values.square().sum(), critic.head.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+        slope.sum().backward()
