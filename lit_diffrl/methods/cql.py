@@ -25,6 +25,19 @@ CQL_CRITIC = CriticOptions(activation="relu", orthogonal=True)
 CQL_ACTOR = ActorOptions(layers=3)
 
 
+class Positive(nn.Module):
+    """A positive number that learns: ``exp`` of the parameter ``log``."""
+
+    def __init__(self, log: float) -> None:
+        """Begin with ``exp(log)``."""
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(log))
+
+    def forward(self) -> Tensor:
+        """The number, a scalar."""
+        return self.log.exp()
+
+
 class CQL(OfflineLearner):
     """CQL(H): the critics' usual loss plus ``alpha (log sum_a exp Q(s, a) - Q(s, a_data))`` for each (Eq. 4).
 
@@ -97,20 +110,20 @@ class CQL(OfflineLearner):
         super().build(spec)
         o = self.actor_options
         self.actor = SquashedGaussianActor(spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout)
-        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.entropy_temperature = Positive(0.0)
         self.build_critics(spec)
         if self.target_gap is not None:
-            self.log_multiplier = nn.Parameter(torch.ones(()))
+            self.multiplier = Positive(1.0)
         self.entropy = float(-spec.action_dim) if self.target_entropy is None else self.target_entropy
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Adam for the critics, the policy with its temperature, and the multiplier."""
         optimizers: list[Optimizer] = [
             self.critic_optimizer(),
-            Adam([*self.actor.parameters(), self.log_temperature], lr=self.lr, fused=True),
+            Adam([*self.actor.parameters(), self.entropy_temperature.log], lr=self.lr, fused=True),
         ]
         if self.target_gap is not None:
-            optimizers.append(Adam([self.log_multiplier], lr=self.critic_options.lr))
+            optimizers.append(Adam(self.multiplier.parameters(), lr=self.critic_options.lr, fused=True))
         return optimizers
 
     @torch.no_grad()
@@ -154,16 +167,16 @@ class CQL(OfflineLearner):
             log_density = torch.cat([evenly, now_log_prob, ahead_log_prob], dim=1)
 
         action, log_prob = squash(mean, log_std, for_policy[:, 0])
-        temperature = self.log_temperature.detach().exp()
+        temperature = self.entropy_temperature().detach()
         actor_loss = (temperature * log_prob - self.critic(batch.obs, action, members=slice(None)).amin(dim=0)).mean()
-        temperature_loss = -self.log_temperature * (log_prob.detach().mean() + self.entropy)
+        temperature_loss = -self.entropy_temperature.log * (log_prob.detach().mean() + self.entropy)
         actor_norm = self.descend(actor_optimizer, actor_loss + temperature_loss, "actor", batch)
 
         q = self.critic(batch.obs, actions)
         gap = self.conservative(q, log_density)
         conservative_loss = self.alpha * gap.sum()
         if self.target_gap is not None:
-            multiplier = self.log_multiplier.exp().clamp_max(1e6)
+            multiplier = self.multiplier().clamp_max(1e6)
             conservative_loss = multiplier.detach() * self.alpha * (gap - self.target_gap).sum()
             multiplier_loss = -multiplier * self.alpha * (gap.detach() - self.target_gap).mean()
             self.descend(multiplier_optimizer[0], multiplier_loss, "multiplier", batch)

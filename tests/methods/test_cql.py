@@ -114,7 +114,7 @@ def test_the_losses_of_an_update_and_their_order() -> None:
     """Policy, at the old critics, with its temperature; critics. The policy's is pi's log-density less the least Q."""
     method, data = built(CQL, alpha=2.0, lr=0.1, critic={"lr": 0.1}), batch()
     with torch.no_grad():
-        method.log_temperature.fill_(math.log(0.5))
+        method.entropy_temperature.log.fill_(math.log(0.5))
     old, order = built(CQL, alpha=2.0, lr=0.1, critic={"lr": 0.1}), []
     losses: dict[str, float] = {}
     watched = Watched(method.critic)
@@ -156,9 +156,9 @@ def test_the_critics_descend_squared_error_and_alpha_times_the_term(alpha: float
 def test_the_multiplier_grows_while_the_term_is_above_its_target(target: float, grows: bool) -> None:
     method = built(CQL, target_gap=target)
     assert len(method.configure_optimizers()) == 3
-    before = float(method.log_multiplier)
+    before = float(method.multiplier.log)
     method.training_step(batch(), 0)
-    assert (float(method.log_multiplier) > before) is grows
+    assert (float(method.multiplier.log) > before) is grows
 
 
 def test_the_multiplier_weighs_the_term_without_being_descended_by_it() -> None:
@@ -167,12 +167,12 @@ def test_the_multiplier_weighs_the_term_without_being_descended_by_it() -> None:
         method = built(CQL, target_gap=0.5, alpha=1.0)
         method.draws.begin(method.draws.place, torch.device("cpu"))
         with torch.no_grad():
-            method.log_multiplier.add_(shift)
+            method.multiplier.log.add_(shift)
         losses: dict[str, float] = {}
         at_each_step(method, lambda name, loss, losses=losses: losses.update({name: float(loss)}))  # type: ignore[misc]
         method.training_step(batch(), 0)
         found.append(losses)
-        assert method.log_multiplier.grad is not None
+        assert method.multiplier.log.grad is not None
     one, two = found
     assert two["multiplier"] == pytest.approx(2 * one["multiplier"], rel=1e-5)
     # critic = squared error + multiplier (gap_1 + gap_2 - 2 target), multiplier = -multiplier (gap_1 + gap_2) / 2 + ...
@@ -183,7 +183,7 @@ def test_the_multiplier_weighs_the_term_without_being_descended_by_it() -> None:
 def test_the_temperature_rises_while_the_entropy_is_below_its_target(target: float, rises: bool) -> None:
     method = built(CQL, target_entropy=target)
     method.training_step(batch(), 0)
-    assert (float(method.log_temperature) > 0) is rises
+    assert (float(method.entropy_temperature.log) > 0) is rises
 
 
 def test_the_entropy_is_held_at_minus_the_number_of_action_entries() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_learners import ACTION, LEARNERS, OBS, bandit, batch, built, fit, same, small, weights
+from torch import nn
 
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import BC, CQL, CRR, IQL, TD3BC
@@ -56,7 +57,7 @@ def test_a_policys_step_leaves_gradients_on_the_policy_alone(kind: type[Any]) ->
     method.training_step(batch(), 0)
 
     def others() -> list[torch.Tensor | None]:
-        own = {*method.actor.parameters(), getattr(method, "log_temperature", None)}
+        own = {*method.actor.parameters(), *getattr(method, "entropy_temperature", nn.Module()).parameters()}
         return [None if p.grad is None else p.grad.clone() for p in method.parameters() if p not in own]
 
     descend, seen = method.descend, []
