@@ -16,7 +16,7 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.errors import check_range
 from lit_diffrl.methods.base import as_options
-from lit_diffrl.methods.losses import max_backup, td_loss, td_target
+from lit_diffrl.methods.losses import td_loss, td_target
 from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.policy_options import ActorOptions, CriticOptions
 from lit_diffrl.nets.actors import SquashedGaussianActor, squash
@@ -126,12 +126,6 @@ class CQL(OfflineLearner):
             optimizers.append(Adam(self.multiplier.parameters(), lr=self.critic_options.lr, fused=True))
         return optimizers
 
-    @torch.no_grad()
-    def next_value(self, next_obs: Tensor, action: Tensor) -> Tensor:
-        """The least target critic ``(B,)`` at an action of the policy, or at each critic's best of ``(B, M, A)``."""
-        q = self.target_critic.net(next_obs, action if action.shape[1] > 1 else action[:, 0])
-        return max_backup(q, self.critic_options.backup_top_k) if q.dim() == 3 else q.amin(dim=0)
-
     def conservative(self, q: Tensor, log_density: Tensor) -> Tensor:
         """Soft maximum over other actions less the value of the data's, one for each critic.
 
@@ -160,8 +154,8 @@ class CQL(OfflineLearner):
             uniform = 2 * torch.special.ndtr(for_uniform) - 1
             now, now_log_prob = squash(mean, log_std, for_now)
             ahead, ahead_log_prob = squash(next_mean, next_log_std, for_next)
-            next_value = self.next_value(batch.next_obs, squash(next_mean, next_log_std, for_target)[0])
-            y = td_target(batch.reward, batch.done, batch.discount, next_value)
+            next_action = squash(next_mean, next_log_std, for_target if m > 1 else for_target[:, 0])[0]
+            y = td_target(batch.reward, batch.done, batch.discount, self.backup(batch.next_obs, next_action))
             actions = torch.cat([batch.action[:, None], uniform, now, ahead], dim=1)
             evenly = now_log_prob.new_full((rows, n), -width * math.log(2))
             log_density = torch.cat([evenly, now_log_prob, ahead_log_prob], dim=1)

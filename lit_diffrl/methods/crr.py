@@ -111,8 +111,10 @@ class CRR(OfflineLearner):
     def target_q(self, batch: PolicyBatch) -> Tensor:
         """``r + gamma (1 - d) min_i Q'_i(s', a')``, shape ``(B,)``, at an action of the target policy."""
         mean, log_std = self.target_actor.net(batch.next_obs)
+        if self.critic_options.backup_candidates > 1:
+            mean, log_std = (x[:, None].expand(-1, self.critic_options.backup_candidates, -1) for x in (mean, log_std))
         action = _draw(mean, log_std, self.draws.randn_like(mean))
-        return td_target(batch.reward, batch.done, batch.discount, self.least_q(batch.next_obs, action, target=True))
+        return td_target(batch.reward, batch.done, batch.discount, self.backup(batch.next_obs, action))
 
     @torch.no_grad()
     def value(self, obs: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

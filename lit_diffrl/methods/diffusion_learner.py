@@ -15,7 +15,7 @@ from lit_diffrl.diffusion.schedules import Schedule
 from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.diffusion_policy import DiffusionPolicy
-from lit_diffrl.methods.losses import max_backup, td_target
+from lit_diffrl.methods.losses import td_target
 from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.options import EMAOptions
 from lit_diffrl.methods.policy_options import ActionSamplerOptions, CriticOptions, NoiseNetOptions, SelectionOptions
@@ -100,15 +100,11 @@ class DiffusionLearner(OfflineLearner):
         With ``critic.backup_candidates`` M > 1, each critic takes its best of M actions first (max-Q backup).
         """
         assert self.spec is not None
-        o = self.critic_options
-        if o.backup_candidates == 1:
-            noise = self.draws.randn_like(next_obs.new_empty(len(next_obs), self.spec.action_dim))
-            action = self.policy_ema.net.sample(next_obs, noise, self.sampler, self.draws.randn_like)  # type: ignore[operator]
-            return self.least_q(next_obs, action, target=True)
-        shape = (len(next_obs), o.backup_candidates, self.spec.action_dim)
+        count = self.critic_options.backup_candidates
+        shape = (len(next_obs), *([count] if count > 1 else []), self.spec.action_dim)
         noise = self.draws.randn_like(next_obs.new_empty(shape))
         action = self.policy_ema.net.sample(next_obs, noise, self.sampler, self.draws.randn_like)  # type: ignore[operator]
-        return max_backup(self.target_critic.net(next_obs, action), o.backup_top_k)
+        return self.backup(next_obs, action)
 
     def target_q(self, batch: PolicyBatch) -> Tensor:
         """``r + gamma (1 - d) V(s')``, shape ``(B,)``, without gradient."""

@@ -257,6 +257,7 @@ class EDPIQL(EDP):
         check_range("model.bound", bound, 0, low_open=True, high_open=True)
         self.expectile, self.eta, self.bound = expectile, eta, bound
         super().__init__(**kwargs)
+        self.refuse_max_backup()
 
     def build(self, spec: DatasetSpec) -> None:
         """Networks as EDP's, and the value's."""

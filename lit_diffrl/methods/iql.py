@@ -79,6 +79,7 @@ class IQL(OfflineLearner):
         self.lr, self.lr_decay = lr, lr_decay
         self.actor_options = as_options(ActorOptions(), actor)
         self.critic_options = as_options(IQL_CRITIC, critic)
+        self.refuse_max_backup()
 
     def build(self, spec: DatasetSpec) -> None:
         """Policy, value, and critics with their targets."""

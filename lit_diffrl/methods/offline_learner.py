@@ -12,7 +12,7 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch, TransitionData
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods.base import Method, Phase
-from lit_diffrl.methods.losses import choose_candidates
+from lit_diffrl.methods.losses import choose_candidates, max_backup
 from lit_diffrl.methods.policy_options import CriticOptions, SelectionOptions
 from lit_diffrl.nets.critics import TwinQ
 from lit_diffrl.nets.ema import EMA
@@ -72,6 +72,15 @@ class OfflineLearner(Method):
         )
         self.target_critic = EMA(self.critic, 1 - o.tau, every=every, start=0)
 
+    def refuse_max_backup(self) -> None:
+        """For learners whose target has no draws of a policy to take the best of."""
+        count = self.critic_options.backup_candidates
+        if count > 1:
+            raise ConfigError(
+                f"model.critic.backup_candidates is {count}, but {type(self).__name__} draws no actions for its target "
+                "that the best could be taken of; use 1, or another learner"
+            )
+
     def critic_optimizer(self) -> Adam:
         """Adam over both critics; it works entry by entry, so this is one optimizer for each."""
         return Adam(self.critic.parameters(), lr=self.critic_options.lr, fused=True)
@@ -85,10 +94,11 @@ class OfflineLearner(Method):
         o = self.critic_options
         if o.grad_clip is None or not o.clip_each:
             return self.clip_gradients_of(optimizer, o.grad_clip)
-        norm = self.clip_gradients_of(optimizer)
+        norm, scale = self.clip_gradients_of(optimizer), self.loss_scale
         gradients = [p.grad for p in self.critic.parameters() if p.grad is not None]
-        squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)  # (critics,)
-        factor = (o.grad_clip / (squares.sqrt() + 1e-6)).clamp_max(1.0)
+        norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()  # (critics,)
+        norms = norms if scale is None else norms / scale
+        factor = (o.grad_clip / (norms.nan_to_num(nan=0.0, posinf=0.0) + 1e-6)).clamp_max(1.0)
         for g in gradients:
             g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
         return norm
@@ -120,6 +130,15 @@ class OfflineLearner(Method):
         """The least of the critics, ``(B,)`` or ``(B, N)`` for candidates ``(B, N, A)``."""
         critic = self.target_critic.net if target else self.critic
         return critic(obs, action).min(dim=0).values  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def backup(self, next_obs: Tensor, action: Tensor) -> Tensor:
+        """Value ``(B,)`` of next states: the least target critic at the action ``(B, A)``.
+
+        Of ``critic.backup_candidates`` actions ``(B, M, A)`` each critic takes its best first (max-Q backup).
+        """
+        q = self.target_critic.net(next_obs, action)
+        return max_backup(q, self.critic_options.backup_top_k) if q.dim() == 3 else q.amin(dim=0)
 
     def select(self, obs: Tensor, actions: Tensor, rows: list[int], options: SelectionOptions) -> Tensor:
         """Choose among candidates by the least of the critics (EDP, section 4.5).

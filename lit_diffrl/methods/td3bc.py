@@ -75,6 +75,7 @@ class TD3BC(OfflineLearner):
         self.policy_noise, self.noise_clip = policy_noise, noise_clip
         self.actor_options = as_options(ActorOptions(), actor)
         self.critic_options = as_options(TD3_CRITIC, critic)
+        self.refuse_max_backup()
 
     def build(self, spec: DatasetSpec) -> None:
         """Policy and critics with their targets."""

@@ -199,7 +199,7 @@ def test_the_max_backup_takes_the_best_of_each_critic_before_the_least_critic() 
 
     method = built(CQL, critic={"backup_candidates": 2})
     method.target_critic.net = Table()
-    assert method.next_value(torch.zeros(3, 4), torch.zeros(3, 2, ACTION)).tolist() == [4.0, 4.0, 4.0]
+    assert method.backup(torch.zeros(3, 4), torch.zeros(3, 2, ACTION)).tolist() == [4.0, 4.0, 4.0]
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (16, ACTION)), (5, (16, 5, ACTION))])

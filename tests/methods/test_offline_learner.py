@@ -111,8 +111,13 @@ def test_actions_are_in_the_box_and_the_same_for_the_same_state(kind: type[Any])
     np.testing.assert_allclose(action[3], method.act(obs[3]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0])
 @pytest.mark.parametrize("kind", WITH_CRITICS)
-def test_each_critic_is_clipped_by_itself_where_asked(kind: type[Any]) -> None:
+def test_each_critic_is_clipped_by_itself_where_asked(
+    kind: type[Any], scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16-mixed scales gradients, of which the limit knows nothing."""
+    monkeypatch.setattr(kind, "loss_scale", None if scale is None else torch.tensor(scale))
     method = built(kind, critic={"grad_clip": 1e-3, "clip_each": True})
     norms: list[float] = []
     step = method.guard
@@ -124,8 +129,32 @@ def test_each_critic_is_clipped_by_itself_where_asked(kind: type[Any]) -> None:
         step(losses, found, data)
 
     method.guard = look
+    method.manual_backward = lambda loss: ((scale or 1.0) * loss).backward()
     method.training_step(batch(), 0)
-    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
+    assert norms == pytest.approx([1e-3 * (scale or 1.0)] * 2, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", [CQL, CRR])
+def test_the_best_of_several_next_actions_raises_the_target(kind: type[Any]) -> None:
+    shapes, data = {}, batch()
+    for count in (1, 5):
+        method = built(kind, critic={"backup_candidates": count})
+        backup = method.backup
+
+        def watched(next_obs: torch.Tensor, action: torch.Tensor, backup: Any = backup, count: int = count) -> Any:
+            assert torch.equal(next_obs, data.next_obs)
+            shapes[count] = tuple(action.shape)
+            return backup(next_obs, action)
+
+        method.backup = watched
+        method.training_step(data, 0)
+    assert shapes == {1: (16, ACTION), 5: (16, 5, ACTION)}
+
+
+@pytest.mark.parametrize("kind", [TD3BC, IQL])
+def test_without_draws_there_is_no_best_of_them(kind: type[Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"backup_candidates is 10, but {kind.__name__} draws no actions"):
+        kind(critic={"backup_candidates": 10})
 
 
 BANDIT: dict[type[Any], dict[str, Any]] = {
