@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lit_diffrl.data.transitions import PolicyBatch
@@ -116,8 +115,3 @@ class DiffusionQL(DiffusionLearner):
             shown = {f"loss/{name}": loss for name, loss in losses.items() if name != "total"}
             self.report({**shown, "loss/critic": critic_loss, "q/mean": q.mean()}, prog_bar=True)
             self.report({"q/target": y.mean(), "grad_norm/critic": critic_norm, "grad_norm/policy": policy_norm})
-
-    @torch.no_grad()
-    def diagnose(self, batch: PolicyBatch) -> dict[str, float]:
-        """The largest values that the critics give to the batch."""
-        return {"max |Q|": float(self.critic(batch.obs, batch.action).abs().max())}

@@ -98,11 +98,6 @@ class EDP(DiffusionLearner):
         self.target_critic.update(self.critic)
         self.updates += 1
 
-    @torch.no_grad()
-    def diagnose(self, batch: PolicyBatch) -> dict[str, float]:
-        """The largest values that the critics give to the batch."""
-        return {"max |Q|": float(self.critic(batch.obs, batch.action).abs().max())}
-
 
 class _Simultaneous(EDP):
     """Learners whose critics and policy take their gradients at the same, old parameters.

@@ -126,6 +126,12 @@ class OfflineLearner(Method):
         return norm
 
     @torch.no_grad()
+    def diagnose(self, batch: PolicyBatch) -> dict[str, float]:
+        """The largest value that the critics give to the batch, if there are critics."""
+        critic = getattr(self, "critic", None)
+        return {} if critic is None else {"max |Q|": float(critic(batch.obs, batch.action).abs().max())}
+
+    @torch.no_grad()
     def least_q(self, obs: Tensor, action: Tensor, *, target: bool = False) -> Tensor:
         """The least of the critics, ``(B,)`` or ``(B, N)`` for candidates ``(B, N, A)``."""
         critic = self.target_critic.net if target else self.critic

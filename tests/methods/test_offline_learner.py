@@ -157,6 +157,17 @@ def test_without_draws_there_is_no_best_of_them(kind: type[Any]) -> None:
         kind(critic={"backup_candidates": 10})
 
 
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_failed_update_is_diagnosed_by_the_largest_value(kind: type[Any]) -> None:
+    method = built(kind)
+    if kind is BC:
+        assert method.diagnose(batch()) == {}
+        return
+    with torch.no_grad():
+        method.critic.head.bias.fill_(-1e6)
+    assert method.diagnose(batch())["max |Q|"] == pytest.approx(1e6, rel=1e-3)
+
+
 BANDIT: dict[type[Any], dict[str, Any]] = {
     TD3BC: {"lr": 1e-3, "critic": {"lr": 1e-3}, "alpha": 1.0},
     IQL: {"lr": 3e-3, "critic": {"lr": 1e-3}},
