@@ -71,11 +71,12 @@ class EMA(nn.Module):
         return step % self.every == self.offset and not (self.hold and step < self.start)
 
     @torch.no_grad()
-    def update(self, net: nn.Module) -> None:
+    def update(self, net: nn.Module, decay: float | None = None) -> None:
         """Follow the network; to be called after each of its optimiser steps.
 
         Args:
             net: The network this is a copy of.
+            decay: In place of the one that the average was made with, for one that changes from step to step.
         """
         due = self.due
         self._steps += 1
@@ -87,9 +88,25 @@ class EMA(nn.Module):
         if self._steps < self.start:
             torch._foreach_copy_(average, weights)
         else:
-            torch._foreach_lerp_(average, weights, 1 - self.decay)
+            torch._foreach_lerp_(average, weights, 1 - (self.decay if decay is None else decay))
         for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
             mine.copy_(theirs)
+
+
+def half_life_decay(seen: int, batch: int, half_life: float = 500_000, ramp: float = 0.05) -> float:
+    """Decay of an average that forgets half in a number of samples, which rises with those seen (EDM's training).
+
+    Args:
+        seen: Samples seen so far.
+        batch: Samples of this step.
+        half_life: Samples in which the weight of the past falls to a half.
+        ramp: Greatest half-life as a share of the samples seen; in the beginning the average follows closely.
+
+    Returns:
+        ``0.5^(batch / min(half_life, ramp * seen))``, 0 before the first sample.
+    """
+    now = min(half_life, ramp * seen)
+    return float(0.5 ** (batch / now)) if now > 0 else 0.0
 
 
 def _read_count(module: nn.Module, incompatible_keys: Any) -> None:

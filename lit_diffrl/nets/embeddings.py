@@ -1,4 +1,4 @@
-"""Embedding of the diffusion step."""
+"""Embeddings of the diffusion step or the noise level."""
 
 from __future__ import annotations
 
@@ -43,3 +43,28 @@ class SinusoidalEmbedding(nn.Module):
         angle = j.to(dtype)[:, None] * torch.exp(index * (-math.log(10000) / (half - self.reach_end)))
         pair = angle.sin(), angle.cos()
         return torch.cat(pair[::-1] if self.cosines_first else pair, dim=-1)
+
+
+class FourierEmbedding(nn.Module):
+    """A number, and sines and cosines of it at random frequencies, drawn once and saved with the network.
+
+    Attributes:
+        frequencies: ``(n,)`` standard normal; in turns per unit.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, frequencies: int = 8) -> None:
+        """Draw the frequencies.
+
+        Args:
+            frequencies: Number of frequencies n.
+        """
+        super().__init__()
+        self.dim = 2 * frequencies + 1
+        self.register_buffer("frequencies", torch.randn(frequencies))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed numbers ``x (B,)`` as ``(B, 2 n + 1)``: themselves, sines, cosines."""
+        angle = 2 * math.pi * x[:, None] * self.frequencies
+        return torch.cat([x[:, None], angle.sin(), angle.cos()], dim=-1)
