@@ -12,10 +12,10 @@ at 0.1, 16 % at 0.3 and 4 % at 0.5, with the exact network. The published polici
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,25 @@ Inner = Literal["linspace", "thirds"]
 Variant = Literal["plain", "taylor"]
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 """``(x (B, ...), k (1,)) -> eps``: predicted noise at the 0-based real index k, the same for all rows."""
+
+
+class Clock(Protocol):
+    """A noise schedule in continuous time: :class:`LogSNR` or a VP-SDE."""
+
+    def log_alpha(self, t: float, /) -> float:
+        """Log of the signal's factor at time t."""
+
+    def sigma(self, t: float, /) -> float:
+        """Factor of the noise at time t."""
+
+    def lambda_(self, t: float, /) -> float:
+        """Half the log of the signal-to-noise ratio at time t."""
+
+    def inverse_lambda(self, value: float, /) -> float:
+        """The time at which ``lambda_`` has a value."""
+
+    def net_input(self, t: float, /) -> float:
+        """What the network is fed for time t."""
 
 
 class Call(NamedTuple):
@@ -87,18 +106,35 @@ def sample_dpm_ode(
         ConfigError: For an unknown option, or ``t_end`` at which the schedule has no noise left.
     """
     calls = plan(schedule.kind, schedule.num_steps, steps, order, method, grid, t_end, inner, variant)
-    start = x.to(torch.promote_types(x.dtype, torch.float32))
+    exact = torch.promote_types(x.dtype, torch.float32)
+
+    def answer(point: Tensor, k: float) -> Tensor:
+        return eps_model(point.to(x.dtype), torch.full((1,), k, dtype=exact, device=x.device)).to(exact)
+
+    return follow(calls, answer, x.to(exact)).to(x.dtype)
+
+
+def follow(calls: Sequence[Call], answer: Callable[[Tensor, float], Tensor], start: Tensor) -> Tensor:
+    """Walk along a plan.
+
+    Args:
+        calls: The plan.
+        answer: ``(point, k) -> what the plan's weights multiply``, in the type of the point.
+        start: The first point.
+
+    Returns:
+        The last point.
+    """
     point, answers = start, list[Tensor]()
     for call in calls:
-        eps = eps_model(point.to(x.dtype), torch.full((1,), call.k, dtype=start.dtype, device=x.device))
-        answers = [eps.to(start.dtype), *answers[:2]]
+        answers = [answer(point, call.k), *answers[:2]]
         point = call.keep * start
-        for answer, weight in zip(answers, call.weights):
+        for found, weight in zip(answers, call.weights):
             if weight != 0:
-                point = torch.add(point, answer, alpha=weight)
+                point = torch.add(point, found, alpha=weight)
         if call.ends:
             start = point
-    return point.to(x.dtype)
+    return point
 
 
 def clip_eps(x: Tensor, eps: Tensor, schedule: Schedule, k: Tensor) -> Tensor:
@@ -144,19 +180,19 @@ def plan(
     end = 1 / num_steps if t_end is None else t_end
     check_range("t_end", end, 0, 1, low_open=True, high_open=True)
     if method == "multistep":
-        times = _spaced(snr, 1.0, end, steps, grid == "logsnr")
-        return tuple(_multistep(snr, times, i, min(order, i + 1), variant) for i in range(steps))
+        times = spaced(snr, 1.0, end, steps, grid == "logsnr")
+        return tuple(multistep_call(snr, times, i, min(order, i + 1), variant) for i in range(steps))
     orders = singlestep_orders(steps, order)
     if grid == "logsnr":
-        times = _spaced(snr, 1.0, end, len(orders), True)
+        times = spaced(snr, 1.0, end, len(orders), True)
     else:
-        every = _spaced(snr, 1.0, end, steps, False)
+        every = spaced(snr, 1.0, end, steps, False)
         times = [every[i] for i in accumulate(orders, initial=0)]
     by_lambda = (grid == "logsnr") if inner is None else inner == "thirds"
     return tuple(
         call
         for (s, t), p in zip(pairwise(times), orders)
-        for call in _singlestep(snr, _spaced(snr, s, t, p, by_lambda), variant)
+        for call in singlestep_calls(snr, spaced(snr, s, t, p, by_lambda), variant)
     )
 
 
@@ -171,7 +207,7 @@ def singlestep_orders(steps: int, order: int) -> list[int]:
     return [order] * full + ([rest] if rest else [])
 
 
-def _spaced(snr: LogSNR, start: float, end: float, parts: int, by_lambda: bool) -> list[float]:
+def spaced(snr: Clock, start: float, end: float, parts: int, by_lambda: bool) -> list[float]:
     """Times from ``start`` to ``end``, both included to the last bit."""
     shares = [i / parts for i in range(1, parts)]
     if not by_lambda:
@@ -180,7 +216,7 @@ def _spaced(snr: LogSNR, start: float, end: float, parts: int, by_lambda: bool) 
     return [start, *(snr.inverse_lambda(first + share * (last - first)) for share in shares), end]
 
 
-def _singlestep(snr: LogSNR, times: list[float], variant: Variant) -> list[Call]:
+def singlestep_calls(snr: Clock, times: list[float], variant: Variant) -> list[Call]:
     """The calls of one outer step through its times, as many as its order (Algorithms 4 and 5 of the paper)."""
     s, *_, t = times
     log_alpha, lam, sigma = snr.log_alpha(s), snr.lambda_(s), snr.sigma(t)
@@ -215,7 +251,7 @@ def _singlestep(snr: LogSNR, times: list[float], variant: Variant) -> list[Call]
     return [first, second, Call(k[2], keep[2], (of_2, of_1, -sigma * phi - of_1 - of_2), True)]
 
 
-def _multistep(snr: LogSNR, times: list[float], i: int, order: int, variant: Variant) -> Call:
+def multistep_call(snr: Clock, times: list[float], i: int, order: int, variant: Variant) -> Call:
     """Step i of the grid from the answers there and at the ``order - 1`` times before.
 
     Order 3 takes half the second derivative, as the reference does: its error falls with the square of the step.

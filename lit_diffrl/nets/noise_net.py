@@ -140,7 +140,7 @@ class NoiseNet(nn.Module):
 
     def _joined(self, x: Tensor, of_time: Tensor, of_obs: Tensor) -> Tensor:
         """The network from actions and the other parts of the first layer."""
-        h = self._part("action", x) + (_like_rows(of_time, x) + _like_rows(of_obs, x))
+        h = self._part("action", x) + (like_rows(of_time, x) + like_rows(of_obs, x))
         _, *layers = self.net
         for layer in layers:
             h = layer(h)
@@ -156,7 +156,7 @@ def _columns(names: Sequence[str], widths: dict[str, int]) -> dict[str, slice]:
     return columns
 
 
-def _like_rows(part: Tensor, x: Tensor) -> Tensor:
+def like_rows(part: Tensor, x: Tensor) -> Tensor:
     """``part (B, H)`` or ``(1, H)`` with as many axes as ``x (B, ..., A)``."""
     return part.reshape(part.shape[0], *[1] * (x.dim() - part.dim()), *part.shape[1:])
 
