@@ -1,6 +1,7 @@
 """Steering a sampler by the gradient of an intermediate energy (CEP, Lu et al. 2023; AEPO, Hu et al. 2025).
 
-If ``pi_t = mu_t exp(E_t) / Z``, the scores differ by its gradient and the noises by ``sigma_t`` times that (AEPO, Eq. 14):
+Where ``pi_t = mu_t exp(E_t) / Z``, the scores differ by the energy's gradient, and the noises by ``sigma_t`` times it
+(AEPO, Eq. 14):
 
     eps_pi = eps_mu - omega sigma_t grad E_t
 
