@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lit_diffrl.data.transitions import PolicyBatch
@@ -89,9 +90,11 @@ class DiffusionQL(DiffusionLearner):
             return {"total": diffusion, "diffusion": diffusion}
         noise = self.draws.randn_like(batch.action)
         action = self.policy.sample(batch.obs, noise, self.sampler, self.draws.randn_like)
-        q = self.critic(batch.obs, action, members=slice(None))
         i = self.draws.coin()
-        improvement = normalized_q_loss(q[i], self.mean_of_all(q[1 - i].abs()))
+        q = self.critic(batch.obs, action, members=slice(i, i + 1))
+        with torch.no_grad():
+            other = self.critic(batch.obs, action, members=slice(1 - i, 2 - i))
+        improvement = normalized_q_loss(q, self.mean_of_all(other.abs()))
         return {"total": diffusion + self.eta * improvement, "diffusion": diffusion, "q": improvement}
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:

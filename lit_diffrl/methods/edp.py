@@ -155,7 +155,8 @@ class EDPTD3(_Simultaneous):
         """Diffusion loss and improvement."""
         noised = self.policy.noised(batch.action, batch.obs, self.draws)
         a_hat = self.improved_action(noised, batch.obs)
-        q = self.critic(batch.obs, a_hat, members=slice(None))[self.draws.coin()]
+        i = self.draws.coin()
+        q = self.critic(batch.obs, a_hat, members=slice(i, i + 1))[0]
         improvement = self.alpha * normalized_q_loss(q, self.mean_of_all(q.abs()))
         if self.reporting:
             self.report({"clipped": (a_hat.detach().abs() == 1).float().mean()})
