@@ -106,7 +106,7 @@ def _with_limits(rule: Termination, env_id: str, options: Mapping[str, Any]) -> 
         return RULES["never"]
     if not options.get("exclude_current_positions_from_observation", True):
         raise ConfigError(_ask(f"states of this {env_id} begin with its position, which the rule does not expect"))
-    changed = {field: tuple(options[key]) for key, field in LIMITS.items() if key in options}
+    changed: dict[str, Any] = {field: tuple(options[key]) for key, field in LIMITS.items() if key in options}
     return dataclasses.replace(rule, **changed)
 
 
