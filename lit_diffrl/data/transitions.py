@@ -196,22 +196,27 @@ class TransitionData(OfflineData):
     # ---------------------------------------------------------------- drawing
 
     def transitions(self, rows: Tensor) -> PolicyBatch:
-        """Rows ``(B,)`` of the packed table."""
-        obs, action, reward, next_obs, done, discount = self.table.index_select(0, rows).split(self.widths, dim=1)
-        return PolicyBatch(obs, action, reward.squeeze(1), next_obs, done.squeeze(1), discount.squeeze(1))
+        """Rows ``(B,)`` of the packed table; those ``(M, B)`` of an ensemble give a batch for each member."""
+        packed = self.table.index_select(0, rows.flatten()).view(*rows.shape, -1)
+        obs, action, reward, next_obs, done, discount = packed.split(self.widths, dim=-1)
+        return PolicyBatch(obs, action, reward.squeeze(-1), next_obs, done.squeeze(-1), discount.squeeze(-1))
 
     def draw(self, phase: Any, place: Place) -> PolicyBatch:
         """The batch of an update: uniform, with replacement."""
-        return self.transitions(self.blocks.row(phase, place, self._draw_block))
+        return self.transitions(self.rows(phase, place))
+
+    def rows(self, phase: Any, place: Place) -> Tensor:
+        """Rows ``(B,)`` of the packed table that this process's batch of an update consists of."""
+        found: Tensor = self.blocks.row(phase, place, self._draw_block)
+        return found
 
     def indices(self, phase: Any, place: Place) -> tuple[Tensor]:
         """Steps of the dataset ``(B,)`` that this process's batch of an update consists of."""
-        rows: Tensor = self.blocks.row(phase, place, self._draw_block)
-        return (self.steps[rows.cpu()],)
+        return (self.steps[self.rows(phase, place).cpu()],)
 
     def _draw_block(self, phase: Any, place: Place, generator: torch.Generator) -> list[Tensor]:
         """Rows of a block of updates: drawn for all processes, of which this one has its own."""
-        width = place.world_size * self.batch_size
+        width = place.world_size * self.batch_size * phase.batches
         rows = torch.randint(len(self.table), (self.blocks.size, width), generator=generator)[:, place.share(width)]
         return list(rows.to(self.table.device).unbind())
 

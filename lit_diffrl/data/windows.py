@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_diffrl.data.bootstrap import bootstrap, hold_out
 from lit_diffrl.data.episodes import Episodes
 from lit_diffrl.data.module import OfflineData
 from lit_diffrl.data.normalizers import fit_normalizer
@@ -23,7 +24,7 @@ from lit_diffrl.data.segments import discounted_returns, goal_departures, window
 from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.data.stream import Blocks
 from lit_diffrl.errors import ConfigError, DataError, check_choice, check_each, check_range
-from lit_diffrl.seeding import Place, global_seed, mix_seed
+from lit_diffrl.seeding import Place
 
 
 class WindowBatch(NamedTuple):
@@ -208,9 +209,7 @@ class WindowData(OfflineData):
             raise DataError(
                 f"{self._name()}: fewer than 2 transitions of {self.stride} steps; the episodes are too short"
             )
-        order = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))]
-        held = max(1, int(len(usable) * self.hparams["holdout"]))
-        self.held_out, self.usable = order[:held], order[held:]
+        self.held_out, self.usable = hold_out(usable, max(1, int(len(usable) * self.hparams["holdout"])))
         # One row for each transition: a draw then reads one place in memory for each, not four.
         after = self.obs[(steps + self.stride).clamp_max(len(steps) - 1)]
         self.table = torch.cat([self.obs, self.action, self.reward[:, None], after], dim=1)
@@ -264,10 +263,7 @@ class WindowData(OfflineData):
     def _bootstrap(self, members: int) -> Tensor:
         """Each member's own sample of the training transitions, ``(members, n)`` positions in them."""
         if members not in self.bootstraps:
-            fixed = torch.Generator().manual_seed(mix_seed(global_seed(), members))
-            n = len(self.usable)
-            drawn = torch.randint(n, (members, n), generator=fixed, dtype=torch.int32)
-            self.bootstraps[members] = drawn.to(self.usable.device)
+            self.bootstraps[members] = bootstrap(len(self.usable), members).to(self.usable.device)
         return self.bootstraps[members]
 
     def to(self, device: torch.device) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -43,14 +44,34 @@ class Phase:
     Args:
         name: What the progress bar shows, e.g. ``diffusion``.
         epochs: Length in epochs of ``updates_per_epoch`` gradient updates.
-        batch: What the data module draws in this phase.
+        batch: What the data module draws in this phase. Of trajectory data, ``bootstraps`` are transitions for each
+            member of an ensemble, and ``rows`` transitions without regard to what is held out.
         members: Number of independent batches drawn at once (an ensemble's bootstrap), for transitions.
+        batches: Number of batches of transitions that are drawn as one large batch.
     """
 
     name: str
     epochs: int
-    batch: Literal["windows", "transitions"] = "windows"
+    batch: Literal["windows", "transitions", "bootstraps", "rows"] = "windows"
     members: int = 1
+    batches: int = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to act that ``test`` compares with others on the same episodes.
+
+    Args:
+        axis: What is varied, e.g. ``guidance scale``.
+        value: Its value.
+        curve: Which curve over the values this is a point of.
+        enter: Gives a context in which the agent acts like this.
+    """
+
+    axis: str
+    value: float
+    curve: str
+    enter: Callable[[], AbstractContextManager[None]]
 
 
 def as_options(default: Options, value: Options | Mapping[str, Any]) -> Options:
@@ -119,6 +140,10 @@ class Method(LightningModule):
     def can_act(self) -> bool:
         """Whether the acting networks have been trained at all; before that no rollout is worth its time."""
         return self.spec is not None
+
+    def variants(self) -> list[Variant]:
+        """Ways to act that ``test`` shall compare, the first of them the usual one; none where there is only that."""
+        return []
 
     @property
     def free_data_arguments(self) -> tuple[str, ...]:
@@ -299,7 +324,9 @@ class Method(LightningModule):
         else:
             refuse_other_data(saved, self.spec)
         refuse_other_shapes(checkpoint["state_dict"], self.state_dict())
-        refuse_other_arguments("model", self.fixed_arguments, checkpoint.get("hyper_parameters", {}), self.hparams)
+        refuse_other_arguments(
+            "model", self.fixed_arguments, checkpoint.get("hyper_parameters", {}), plain(self.hparams)
+        )
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             phases = [(p.name, p.epochs) for p in self.phases]
             refuse_other_past(own.get("phases", []), phases, checkpoint["epoch"] + 1)

@@ -149,6 +149,11 @@ class CRR(OfflineLearner):
             means = {"advantage": advantage.mean(), "q/target": y.mean(), "std": log_std.exp().mean()}
             self.report({**norms, **shares, **means})
 
+    def propose(self, obs: Tensor) -> Tensor:
+        """The mean of the policy."""
+        mean: Tensor = self.actor(obs)[0]
+        return mean
+
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """The mean of the policy, or a choice among its draws."""
         mean, log_std = self.actor(obs)

@@ -112,6 +112,12 @@ class DiffusionLearner(OfflineLearner):
 
     # ---------------------------------------------------------------- acting
 
+    def propose(self, obs: Tensor) -> Tensor:
+        """One draw of the policy that learns, as at evaluation but not chosen among others."""
+        assert self.spec is not None
+        noise = self.draws.randn_like(obs.new_empty(len(obs), self.spec.action_dim))
+        return self.policy.sample(obs, noise, self.eval_sampler, self.draws.randn_like)
+
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """Draw candidates from the policy that learns and choose among them by the critics (EDP, section 4.5)."""
         assert self.spec is not None

@@ -167,6 +167,17 @@ class OfflineLearner(Method):
         """Normalise, decide, and map the action back to the environment's units."""
         return self.action_normalizer.unnormalize(self.decide(self.obs_normalizer.normalize(state), rows))
 
+    def propose(self, obs: Tensor) -> Tensor:
+        """The policy's own action for training: no choice among candidates, and noise from the update's draws.
+
+        Args:
+            obs: ``(B, obs_dim)`` normalised.
+
+        Returns:
+            ``(B, action_dim)`` in [-1, 1].
+        """
+        return self.decide(obs, [])
+
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """Choose actions.
 

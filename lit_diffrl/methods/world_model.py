@@ -307,14 +307,27 @@ class WorldModel(nn.Module):
         Returns:
             Next state ``(..., obs_dim)`` normalised and reward ``(...,)`` in scaled units.
         """
-        mean, var = self._elite_mean_var(obs, action)
         drawn = torch.randint(len(self.elite), obs.shape[:-1], generator=generator, device=obs.device)
+        normal = torch.randn(obs.shape, generator=generator, dtype=obs.dtype, device=obs.device) if noise else None
+        return self.step(obs, action, drawn, normal), self.reward(obs, action)
+
+    @torch.no_grad()
+    def step(self, obs: Tensor, action: Tensor, drawn: Tensor, normal: Tensor | None = None) -> Tensor:
+        """Advance each state by one elite.
+
+        Args:
+            obs: ``(..., obs_dim)`` normalised.
+            action: ``(..., action_dim)`` normalised.
+            drawn: ``(...)`` which elite, by its rank.
+            normal: Standard normal ``(..., obs_dim)`` to draw from the elite's Gaussian; None takes its mean.
+
+        Returns:
+            ``(..., obs_dim)`` normalised.
+        """
+        mean, var = self._elite_mean_var(obs, action)
         index = drawn[None, ..., None].expand(1, *mean.shape[1:])
         next_obs = mean.gather(0, index)[0]
-        if noise:
-            normal = torch.randn(next_obs.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-            next_obs = next_obs + var.gather(0, index)[0].sqrt() * normal
-        return next_obs, self.reward(obs, action)
+        return next_obs if normal is None else next_obs + var.gather(0, index)[0].sqrt() * normal
 
     def disagreement(self, obs: Tensor, action: Tensor) -> Tensor:
         """Standard deviation ``(...,)`` of the elites' means, root mean square over dimensions, normalised."""
