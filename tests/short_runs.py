@@ -85,6 +85,8 @@ class Config:
                 self.options.append("--model.sampler.steps=2")
             elif name == "ema":
                 self.options.append("--model.ema.every=1")
+            elif name == "posterior":
+                self.options.append("--model.posterior.samples=64")
         self.batch_options = [f"--data.{n}" for n, _ in self._arguments(data) if n.endswith("batch_size")]
         self.options += [f"{name}={batch}" for name in self.batch_options]
 

@@ -158,6 +158,7 @@ def shortened(paths: list[str]) -> list[str]:
         options.append("--model.plan.candidates=2")
     options += ["--model.sampler.steps=2"] if "sampler" in accepted else []
     options += ["--model.ema.every=1"] if "ema" in accepted else []
+    options += ["--model.posterior.samples=64"] if "posterior" in accepted else []
     batches = parameters(find_class("data", content["data"]["class_path"], LightningDataModule))
     sizes = {"batch_size": 2, "transition_batch_size": 8}
     return [*SMALL, *options, *(f"--data.{name}={size}" for name, size in sizes.items() if name in batches)]

@@ -20,6 +20,7 @@ from lit_diffrl.rollout.environments import rehearse
 from lit_diffrl.rollout.episodes import EpisodeResult, run_episodes, summarize
 from lit_diffrl.rollout.results import duration, table, unused_name, write_bytes, write_json
 from lit_diffrl.rollout.scores import RunningScores
+from lit_diffrl.rollout.sweep import Variant, compare, comparison, sweep_figure
 
 log = logging.getLogger(__name__)
 PANELS = 6  # episodes in a picture
@@ -33,7 +34,8 @@ class RolloutEvaluation(Callback):
     after the last; ``validate`` repeats exactly those episodes with a checkpoint, and so gives the score that was
     logged when it was saved; ``test`` runs other, unseen episodes and writes ``results/<checkpoint>-test.json`` into
     the run's folder (``-test-2`` and so on when there is one already). Several processes share the episodes and log the
-    same numbers.
+    same numbers. Where a method names several ways to act (degrees of guidance, say), ``test`` plays the same episodes
+    in each, prints a table, adds them to the results as ``comparison`` and draws them into ``pictures/``.
 
     Logged: ``eval/return`` (mean undiscounted return), ``eval/score`` (0 = random policy, 100 = reference policy,
     if the dataset names both), ``eval/length`` (steps), ``eval/action_ms`` (time to choose an action, per environment
@@ -141,7 +143,13 @@ class RolloutEvaluation(Callback):
         """Run the unseen episodes and write what came of them."""
         if not self._has_env(pl_module):
             raise ConfigError("the dataset names no environment (env_spec): there is nothing to test in")
-        results = self._evaluate(trainer, pl_module, self.test_episodes, self.test_seed)
+
+        def play() -> list[EpisodeResult]:
+            return self._evaluate(trainer, pl_module, self.test_episodes, self.test_seed)
+
+        variants: list[Variant] = getattr(pl_module, "variants", list)()
+        points = compare(variants, play) if len(variants) > 1 else []
+        results = points[0].results if points else play()
         self._log(pl_module, self._metrics(results))
         folder = _run_folder(trainer) / "results"
         name = unused_name(folder, f"{_checkpoint_name(trainer)}-test")
@@ -160,9 +168,15 @@ class RolloutEvaluation(Callback):
                 "summary": summarize(results),
                 "episodes": [r.to_dict() for r in results],
                 "options": dict(pl_module.hparams),
+                **({"comparison": [point.to_dict() for point in points]} if points else {}),
             },
         )
         log.info("wrote %s", path)
+        if points:
+            title = f"{type(pl_module).__name__} · {'+'.join(_spec(pl_module).dataset_ids)} · {name}"
+            picture = draw.encode_png(draw.figure_pixels(sweep_figure(points, title)))
+            write_bytes(folder.parent / "pictures" / f"{name}-comparison.png", picture)
+            print(comparison(points), flush=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the run with its figures."""

@@ -1,0 +1,321 @@
+"""What QGPO and AEPO share: a behaviour model, an energy whose gradient guides it, phases, and acting.
+
+Sources: QGPO (Lu et al. 2023, "Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling in Offline
+Reinforcement Learning") and AEPO (Hu et al. 2025, "Analytic Energy-Guided Policy Optimization for Offline Reinforcement
+Learning"); equations by AEPO's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.data.transitions import PolicyBatch
+from lit_diffrl.diffusion.dpm_vp import sample_dpm_vp, times
+from lit_diffrl.diffusion.energy_guidance import guide
+from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE
+from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
+from lit_diffrl.methods.agreement import refuse_other_data, refuse_other_shapes
+from lit_diffrl.methods.base import CHECKPOINT_KEY, Phase, Variant, as_options
+from lit_diffrl.methods.energy_options import BehaviourOptions, EnergyOptions, SolverOptions, SupportOptions
+from lit_diffrl.methods.loading import read_checkpoint
+from lit_diffrl.methods.offline_learner import OfflineLearner
+from lit_diffrl.methods.policy_options import CriticOptions
+from lit_diffrl.methods.support import States, chunk_noise, in_chunks, states_of
+from lit_diffrl.nets.energy import BehaviourNet, EnergyNet
+
+RELU_CRITIC = CriticOptions(activation="relu")
+
+
+class NoisedAction(NamedTuple):
+    """Actions at random times.
+
+    Args:
+        t: ``(B,)`` times.
+        eps: Noise, like the actions.
+        a_t: Noised actions.
+    """
+
+    t: Tensor
+    eps: Tensor
+    a_t: Tensor
+
+
+class EnergyLearner(OfflineLearner):
+    """The phases ``behaviour``, ``critic`` and ``energy``, and actions by guided denoising (Eqs. 8, 14, 45).
+
+    The best policy under a divergence limit is ``mu(a|s) exp(beta Q(s, a)) / Z(s)``, mu the behaviour. Its score at
+    every noise level is that of mu plus the gradient of an energy ``E_t(s, a_t) = log E[exp(beta Q(s, a)) | a_t]``
+    (Eqs. 12, 13), so actions come from the behaviour model's noise minus ``guidance_scale sigma_t grad E_t``.
+
+    Attributes:
+        behaviour: Noise network of the behaviour model.
+        energy: Energy network, larger where actions are better.
+        acting: Guidance degree, and whether the guided score keeps the norm of the unguided one.
+
+    Args:
+        behaviour_epochs: Length of the behaviour model's phase in epochs.
+        critic_epochs: Length of the critics' phase.
+        energy_epochs: Length of the energy's own phase.
+        behaviour_ckpt: Checkpoint whose behaviour model is taken instead of training one; its phase is left out.
+        beta: Inverse temperature of the policy learnt: how far it goes from the behaviour to better actions.
+        guidance_scale: Degree of guidance when acting: 1 for the policy of ``beta``, 0 for the behaviour model alone.
+            Of several the first acts, and ``test`` compares all on the same episodes.
+        rescale: Keep the norm of the unguided score (Eq. 45), which keeps actions near the data at large degrees but
+            is not exact; ``[true, false]`` acts with it and compares both in ``test``.
+        rescale_norm: Norms of Eq. 45: of each ``sample``, of the whole ``batch``, or of the guidance ``term`` alone.
+        guidance_t_max: Time above which there is no guidance; 1 for guidance throughout.
+        sampler: How support actions are drawn, and actions unless ``eval_sampler`` says otherwise.
+        eval_sampler: How actions are drawn; null as ``sampler``.
+        behaviour: The behaviour model.
+        energy: The energy network.
+        critic: The critics and their targets.
+        support: Actions of the behaviour model in every state of the data.
+    """
+
+    # Phases in which the energy learns.
+    energy_phases: ClassVar[tuple[str, ...]] = ("energy",)
+    energy_updates: Tensor
+
+    def __init__(
+        self,
+        behaviour_epochs: int = 600,
+        critic_epochs: int = 500,
+        energy_epochs: int = 500,
+        behaviour_ckpt: str | None = None,
+        beta: float = 3.0,
+        guidance_scale: float | list[float] = 1.0,
+        rescale: bool | list[bool] = False,
+        rescale_norm: Literal["sample", "batch", "term"] = "sample",
+        guidance_t_max: float = 1.0,
+        sampler: SolverOptions = SolverOptions(),
+        eval_sampler: SolverOptions | None = None,
+        behaviour: BehaviourOptions = BehaviourOptions(),
+        energy: EnergyOptions = EnergyOptions(),
+        critic: CriticOptions = RELU_CRITIC,
+        support: SupportOptions = SupportOptions(),
+    ) -> None:
+        super().__init__()
+        epochs = {"behaviour": behaviour_epochs, "critic": critic_epochs, "energy": energy_epochs}
+        for name, count in epochs.items():
+            check_range(f"model.{name}_epochs", count, 0)
+        check_range("model.beta", beta, 0, low_open=True, high_open=True)
+        self.degrees = [guidance_scale] if isinstance(guidance_scale, int | float) else list(guidance_scale)
+        check_each("model.guidance_scale", self.degrees)
+        self.rescalings = [rescale] if isinstance(rescale, bool) else list(rescale)
+        check_each("model.rescale", self.rescalings)
+        check_choice("model.rescale_norm", rescale_norm, ("sample", "batch", "term"))
+        check_range("model.guidance_t_max", guidance_t_max, T_MIN, 1)
+        self.save_hyperparameters(logger=False)
+        self.epochs = {**epochs, "behaviour": 0} if behaviour_ckpt else epochs
+        if not any(self.epochs.values()):
+            raise ConfigError("all phases of the model have 0 epochs; give --model.energy_epochs, say")
+        self.behaviour_ckpt, self.beta = behaviour_ckpt, beta
+        self.rescale_norm, self.guidance_t_max = rescale_norm, guidance_t_max
+        self.acting: tuple[float, bool] = (self.degrees[0], self.rescalings[0])
+        self.sampler = as_options(SolverOptions(), sampler)
+        self.eval_sampler = self.sampler if eval_sampler is None else as_options(SolverOptions(), eval_sampler)
+        self.behaviour_options = as_options(BehaviourOptions(), behaviour)
+        self.energy_options = as_options(EnergyOptions(), energy)
+        self.critic_options = as_options(RELU_CRITIC, critic)
+        self.support_options = as_options(SupportOptions(), support)
+        self.refuse_max_backup()
+        self.sde = VPSDE()
+        self.states: States | None = None
+        self.support: Tensor | None = None
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Behaviour model, critics, energy."""
+        batches = {"behaviour": self.behaviour_options.batches}
+        return [Phase(name, n, "transitions", batches=batches.get(name, 1)) for name, n in self.epochs.items()]
+
+    # ---------------------------------------------------------------- building
+
+    def build(self, spec: DatasetSpec) -> None:
+        """Behaviour model, critics with their targets, energy."""
+        super().build(spec)
+        b, e = self.behaviour_options, self.energy_options
+        self.behaviour = BehaviourNet(spec.obs_dim, spec.action_dim, width=b.width)
+        self.build_critics(spec)
+        self.energy = EnergyNet(
+            spec.obs_dim, spec.action_dim, hidden=e.hidden, layers=e.layers, activation=e.activation
+        )
+        self.register_buffer("energy_updates", torch.zeros((), dtype=torch.int64))
+
+    def setup(self, stage: str) -> None:
+        """Build the networks; a run that begins takes a trained behaviour model over."""
+        super().setup(stage)
+        if stage == "fit" and self.behaviour_ckpt is not None and self.trainer.ckpt_path is None:
+            self.take_behaviour(self.behaviour_ckpt)
+
+    def take_behaviour(self, path: str) -> None:
+        """Take the behaviour model of a checkpoint, of QGPO or AEPO alike.
+
+        Raises:
+            ConfigError: When it holds none, or one of other data or sizes.
+        """
+        assert self.spec is not None
+        checkpoint = read_checkpoint(path)
+        own, prefix = checkpoint[CHECKPOINT_KEY], "behaviour."
+        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        if not weights:
+            raise ConfigError(
+                f"--model.behaviour_ckpt {path} is of {own['method']}, which has no behaviour model; give a checkpoint "
+                "of QGPO or AEPO"
+            )
+        # Rewards may be tuned otherwise: the behaviour model knows nothing of them.
+        spec = DatasetSpec.from_dict(own["spec"])
+        spec = replace(spec, reward_min=self.spec.reward_min, reward_max=self.spec.reward_max)
+        refuse_other_data(spec, self.spec)
+        refuse_other_shapes(weights, self.behaviour.state_dict())
+        self.behaviour.load_state_dict(weights)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """Adam for the behaviour model, the critics and the energy."""
+        return [
+            Adam(self.behaviour.parameters(), lr=self.behaviour_options.lr, fused=True),
+            self.critic_optimizer(),
+            Adam(self.energy.parameters(), lr=self.energy_options.lr, fused=True),
+        ]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the energy has learnt anything; before that it must not guide."""
+        return int(self.energy_updates) > 0
+
+    @property
+    def can_act(self) -> bool:
+        """Whether the energy has learnt, or the behaviour model where no phase is for the energy."""
+        if self.spec is None:
+            return False
+        return self.guided or (super().can_act and not any(self.epochs[name] for name in self.energy_phases))
+
+    # ---------------------------------------------------------------- what phases share
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make what the phase needs, if it begins or goes on, and give the update its randomness."""
+        self.prepare(self.phase.name)
+        super().on_train_batch_start(batch, batch_idx)
+
+    def prepare(self, phase: str) -> None:
+        """Make what a phase needs and no checkpoint holds; called before every update."""
+
+    def noised(self, action: Tensor) -> NoisedAction:
+        """Noise actions ``(B, A)``, or ``(B, N, A)``, whose N share a time, to times uniform in [1e-3, 1]."""
+        t = T_MIN + (1 - T_MIN) * torch.special.ndtr(self.draws.randn_like(action.flatten(1)[:, 0]))
+        eps = self.draws.randn_like(action)
+        return NoisedAction(t, eps, self.sde.q_sample(action, t, eps))
+
+    def update_behaviour(self, optimizer: LightningOptimizer, batch: PolicyBatch, noised: NoisedAction) -> None:
+        """One step down Eq. 7: the squared error of the noise, summed over the action's entries."""
+        t, eps, a_t = noised
+        loss = (self.behaviour(a_t, t, batch.obs).to(eps.dtype) - eps).square().sum(-1).mean()
+        norm = self.descend(optimizer, loss, "behaviour", batch, self.behaviour_options.grad_clip)
+        if self.reporting:
+            self.report({"loss/behaviour": loss}, prog_bar=True)
+            self.report({"grad_norm/behaviour": norm})
+
+    def update_energy(self, optimizer: LightningOptimizer, loss: Tensor, batch: PolicyBatch) -> None:
+        """One step of the energy."""
+        norm = self.descend(optimizer, loss, "energy", batch, self.energy_options.grad_clip)
+        self.energy_updates += 1
+        if self.reporting:
+            self.report({"loss/energy": loss}, prog_bar=True)
+            self.report({"grad_norm/energy": norm})
+
+    # ---------------------------------------------------------------- support actions
+
+    def rows(self) -> Tensor:
+        """Which transitions of the data the batch of this update consists of, ``(B,)``."""
+        found: Tensor = self.trainer.datamodule.rows(self.phase, self.draws.place)  # type: ignore[attr-defined]
+        return found
+
+    @torch.no_grad()
+    def draw_support(self) -> None:
+        """Draw actions of the behaviour model in every state of the data, unless there are some already."""
+        if self.support is not None:
+            return
+        assert self.spec is not None
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        found = states_of(data.transitions(torch.arange(len(data.table), device=data.table.device)))
+        self.states = States(self.to_own(found.obs), found.after.to(self.device))
+        obs, shape = self.states.obs, (self.support_options.actions, self.spec.action_dim)
+
+        def draw(number: int, rows: slice) -> Tensor:
+            noise = self.to_own(chunk_noise(number, rows, shape))
+            return self.draw_actions(obs[rows], noise, self.sampler, (0.0, False))
+
+        self.support = self.for_all_states(shape, draw, f"drawing {shape[0]} support actions")
+
+    def for_all_states(self, shape: tuple[int, ...], compute: Any, what: str) -> Tensor:
+        """Compute ``(states, *shape)``, each process a part of it; see :func:`in_chunks`."""
+        assert self.states is not None
+        place = replace(self.draws.place, rank=self.global_rank, world_size=self.trainer.world_size)
+        part = in_chunks(self.states.obs, shape, place, compute, what)
+        whole: Tensor = self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[assignment]
+        return whole
+
+    # ---------------------------------------------------------------- acting
+
+    @property
+    def guidance_unit(self) -> float:
+        """What the gradient of the energy network is multiplied by to be that of the energy."""
+        return 1.0
+
+    def draw_actions(self, obs: Tensor, noise: Tensor, options: SolverOptions, acting: tuple[float, bool]) -> Tensor:
+        """Denoise actions, under guidance if its degree is not 0.
+
+        Args:
+            obs: ``(B, S)`` normalised.
+            noise: Standard normal ``(B, A)``, or ``(B, N, A)`` for N actions in each state.
+            options: The solver.
+            acting: Guidance degree, and whether to rescale.
+
+        Returns:
+            Actions like ``noise``; the solver does not keep them within the box.
+        """
+        degree, rescale = acting
+        solver = {name: getattr(options, name) for name in SolverOptions.__dataclass_fields__}
+        asked = times(self.sde, **solver)
+        eps_model = self.behaviour.given(obs, asked)
+        if degree != 0:
+            gradient = self.energy.gradient(obs, asked)
+            mode = self.rescale_norm if rescale else False
+            scale = degree * self.guidance_unit
+            eps_model = guide(eps_model, gradient, self.sde, scale, mode, t_max=self.guidance_t_max)
+        return sample_dpm_vp(eps_model, noise, self.sde, **solver)
+
+    def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
+        """Draw one action in each state."""
+        assert self.spec is not None
+        noise = self.row_noise(rows, (self.spec.action_dim,))
+        acting = self.acting if self.guided else (0.0, False)
+        return self.draw_actions(obs, noise, self.eval_sampler, acting).clamp(-1, 1)
+
+    def variants(self) -> list[Variant]:
+        """All degrees of guidance, with and without rescaling as asked for."""
+        curves = {True: "rescaled", False: "not rescaled"}
+        return [
+            Variant("guidance scale", degree, curves[rescale], partial(self.acting_as, degree, rescale))
+            for rescale in self.rescalings
+            for degree in self.degrees
+        ]
+
+    @contextmanager
+    def acting_as(self, degree: float, rescale: bool) -> Iterator[None]:
+        """Act under another guidance for a while."""
+        before, self.acting = self.acting, (degree, rescale)
+        try:
+            yield
+        finally:
+            self.acting = before
