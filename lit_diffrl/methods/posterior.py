@@ -270,9 +270,10 @@ class PosteriorTable(nn.Module):
         v = (m.action_sq - m.action.square().mean(-1)).clamp_min(0)  # of the samples' actions
         w = (m.mu_sq - m.mu.square().mean(-1)).clamp_min(0)  # of their means
         e = (m.error - (m.action - m.mu).square().mean(-1)).clamp_min(0)  # of the difference
-        rho = (0.5 * (v + w - e) / w.clamp_min(1e-30)).clamp(0, 1)
+        varies = w > 1e-7 * m.mu_sq  # beyond rounding, as one sample alone does not
         if seen is not None:
-            rho = torch.where(seen, rho, 1.0)
+            varies &= seen
+        rho = torch.where(varies, (0.5 * (v + w - e) / w).clamp(0, 1), 1.0)
 
         calibrated = self.mean_estimator == "calibrated"
         if self.posterior == 2:
