@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lit_diffrl.data.pointmaze import env_spec
+from lit_diffrl.data.spec import DatasetSpec
+from lit_diffrl.errors import ConfigError
+from lit_diffrl.rollout.model_errors import DATASET, START, ModelErrors, errors_figure, model_errors
+from lit_diffrl.rollout.pictures import figure_pixels
+from lit_diffrl.rollout.replay import Replay, Simulator, replay
+
+ROBOTS = {"Hopper-v5": (11, 3), "Walker2d-v5": (17, 6), "HalfCheetah-v5": (17, 6)}
+
+
+def spec_of(text: str | None, obs_dim: int, action_dim: int, obs_keys: list[str] | None = None) -> DatasetSpec:
+    return DatasetSpec(
+        obs_dim=obs_dim, action_dim=action_dim, action_low=[-1.0] * action_dim, action_high=[1.0] * action_dim,
+        dataset_ids=["test/data-v0"], env_spec=text, ref_min=None, ref_max=None, max_episode_steps=None,
+        obs_keys=obs_keys, goal_key=None, goal=None, obs_normalizer={}, action_normalizer={}, reward_max=1.0,
+        reward_min=0.0,
+    )  # fmt: skip
+
+
+def simulator_of(env_id: str) -> Simulator:
+    return Simulator(spec_of(gym.spec(env_id).to_json(), *ROBOTS[env_id]))
+
+
+@contextmanager
+def recorded(env_id: str, steps: int, seed: int = 0) -> Iterator[tuple[Any, list, list, np.ndarray, np.ndarray]]:
+    """Positions, velocities, observations and random actions of an episode that goes on after its end."""
+    env: Any = gym.make(env_id).unwrapped
+    rng = np.random.default_rng(seed)
+    obs, _ = env.reset(seed=seed)
+    qpos, qvel, seen, actions = [env.data.qpos.copy()], [env.data.qvel.copy()], [obs], []
+    for _ in range(steps):
+        actions.append(rng.uniform(-1, 1, env.action_space.shape))
+        seen.append(env.step(actions[-1])[0])
+        qpos.append(env.data.qpos.copy())
+        qvel.append(env.data.qvel.copy())
+    yield env, qpos, qvel, np.array(seen), np.array([*actions, actions[-1]])
+    env.close()
+
+
+@pytest.mark.parametrize(("env_id", "tolerance"), [("Hopper-v5", 1e-14), ("Walker2d-v5", 2e-13)])
+def test_recorded_positions_and_velocities_replay_an_episode_wherever_it_took_place(
+    env_id: str, tolerance: float
+) -> None:
+    with recorded(env_id, 60) as (_, qpos, qvel, seen, actions), simulator_of(env_id) as simulator:
+        start = np.concatenate([[0.0], qpos[0][1:]])
+        again = simulator.run([simulator.state_at(start, qvel[0])], lambda _, t: actions[None, t], 61)
+    # How rounding adds up depends on the actions and the processor: a factor of ten.
+    assert np.abs(again.states[0] - seen).max() < 10 * tolerance
+    assert again.states.shape == (1, 61, ROBOTS[env_id][0]) and again.terminated.shape == (1, 60)
+
+
+def test_rounding_grows_in_a_cheetah() -> None:
+    with recorded("HalfCheetah-v5", 60) as (_, qpos, qvel, seen, actions), simulator_of("HalfCheetah-v5") as simulator:
+        start = np.concatenate([[0.0], qpos[0][1:]])
+        again = simulator.run([simulator.state_at(start, qvel[0])], lambda _, t: actions[None, t], 61)
+    error = np.abs(again.states[0] - seen).max(axis=1)
+    assert error[1] <= 1e-14 < 1e-9 < error[60] < 1e-3, "printed: 2e-15 and 2e-5"
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5"])
+def test_an_observation_tells_the_state_where_no_velocity_is_clipped(env_id: str) -> None:
+    with recorded(env_id, 60) as (_, _, _, seen, actions), simulator_of(env_id) as simulator:
+        usable = np.flatnonzero(simulator.settable(seen[:-1]))
+        pairs = np.repeat(actions[usable, None], 2, axis=1)
+        after = replay(simulator, seen[usable], pairs).states[:, 1]
+    assert len(usable) > (30 if env_id == "Hopper-v5" else 59)
+    assert np.abs(after - seen[usable + 1]).max() < 1e-12
+
+
+def test_a_walkers_clipped_velocities_cannot_be_replayed_and_are_told() -> None:
+    with recorded("Walker2d-v5", 60) as (_, _, _, seen, actions), simulator_of("Walker2d-v5") as simulator:
+        after = replay(simulator, seen[:-1], np.repeat(actions[:-1, None], 2, axis=1)).states[:, 1]
+        usable = simulator.settable(seen[:-1])
+    error = np.abs(after - seen[1:]).max(axis=1)
+    assert (~usable).mean() > 0.5 and np.median(error) > 0.1
+    assert error[usable].max() < 1e-12
+
+
+@pytest.mark.parametrize("frame", ["centered", "d4rl"])
+def test_mazes_replay_in_the_coordinates_of_their_observations(frame: str) -> None:
+    text = env_spec("umaze", frame=frame).to_json()
+    env: Any = gym.make(gym.envs.registration.EnvSpec.from_json(text), disable_env_checker=True).unwrapped
+    rng = np.random.default_rng(0)
+    seen = [env.reset(seed=3)[0]["observation"]]
+    actions = rng.uniform(-1, 1, (60, 2))
+    for action in actions[:-1]:
+        seen.append(env.step(action)[0]["observation"])
+    env.close()
+    with Simulator(spec_of(text, 4, 2, ["observation"])) as simulator:
+        again = replay(simulator, seen[0][None], actions[None])
+        middle = replay(simulator, seen[30][None], actions[None, 30:])
+    assert np.abs(again.states[0] - np.array(seen)).max() < 1e-12
+    assert np.abs(middle.states[0] - np.array(seen[30:])).max() < 1e-9
+    assert not again.terminated.any() and again.counts.all()
+
+
+def test_rows_do_not_depend_on_each_other_and_a_policy_is_asked_in_the_states_it_reaches() -> None:
+    rng = np.random.default_rng(0)
+
+    def policy(obs: np.ndarray, t: int) -> np.ndarray:
+        return np.tanh(obs[:, :3] * (t + 1))
+
+    with simulator_of("Hopper-v5") as simulator:
+        first = np.array([1.25] + [0.0] * 10) + rng.uniform(-0.01, 0.01, (3, 11))
+        states = [simulator.state_of(obs) for obs in first]
+        together = simulator.run(states, policy, 20)
+        alone = [simulator.run([state], policy, 20) for state in states]
+        taken = np.stack([policy(together.states[:, t], t) for t in range(20)], axis=1)
+        replayed = replay(simulator, first, taken)
+    np.testing.assert_array_equal(together.states, np.concatenate([a.states for a in alone]))
+    np.testing.assert_array_equal(together.states, replayed.states)
+    np.testing.assert_allclose(together.states[:, 0], first, rtol=0, atol=1e-15)
+
+
+def test_states_count_up_to_the_terminal_one() -> None:
+    terminated = np.array([[0, 0, 0], [0, 1, 0], [1, 0, 1]], dtype=bool)
+    counts = Replay(np.zeros((3, 4, 1)), terminated).counts
+    assert counts.tolist() == [[True] * 4, [True, True, True, False], [True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("text", "obs_dim", "message"),
+    [
+        (None, 4, "names no environment"),
+        (gym.spec("Pendulum-v1").to_json(), 3, "no MuJoCo robot"),
+        (gym.spec("Reacher-v5").to_json(), 10, "cannot be set to an observed state"),
+        (gym.spec("Ant-v5").to_json(), 105, "105 numbers are observed"),
+    ],
+)
+def test_environments_that_observations_do_not_determine_are_refused(
+    text: str | None, obs_dim: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Simulator(spec_of(text, obs_dim, 2))
+
+
+# ------------------------------------------------------------------ errors of models
+
+
+@pytest.fixture(scope="module")
+def maze_errors(mazes: Path) -> tuple[ModelErrors, Tensor]:
+    """Errors of an exact model and of one that is off by 0.1 t deviations, on windows of the small maze."""
+    from lit_diffrl.data import WindowData
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(mazes))
+        data = WindowData("lit_diffrl/pointmaze/umaze-v0", horizon=24)
+        data.prepare_data()
+        data.setup("fit")
+    episodes = data.episodes
+    assert episodes is not None
+    rows = data.starts[24][::200, None] + torch.arange(24)
+    obs, scale = episodes.obs[rows], episodes.obs.std(0)
+    drift = 0.1 * torch.arange(24)[None, :, None] * scale
+    models = {"exact": lambda first, actions: obs, "drifting": lambda first, actions: obs + drift}
+    with Simulator(data.spec) as simulator:
+        return model_errors(simulator, obs, episodes.action[rows], scale, models), obs
+
+
+def test_errors_are_squares_of_deviations_at_each_horizon(maze_errors: tuple[ModelErrors, Tensor]) -> None:
+    errors, obs = maze_errors
+    assert list(errors.mean) == ["exact", "drifting", START, DATASET]
+    assert errors.rows.tolist() == [len(obs)] * 24
+    np.testing.assert_allclose(errors.mean["drifting"], (0.1 * np.arange(24)) ** 2, rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(errors.median["drifting"], (0.1 * np.arange(24)) ** 2, rtol=1e-3, atol=1e-9)
+    np.testing.assert_array_equal(errors.mean["exact"], errors.mean[DATASET])
+    assert errors.mean[DATASET].max() < 1e-9, "the simulator does not repeat its own data"
+    assert errors.mean[START][0] < 1e-12 < 1e-4 < errors.mean[START][5] < errors.mean[START][20]
+
+
+def test_errors_are_logged_at_the_horizons_that_were_reached(maze_errors: tuple[ModelErrors, Tensor]) -> None:
+    logged = maze_errors[0].at()
+    assert logged["drifting_10"] == pytest.approx(1.0, rel=1e-3)
+    assert {name for name in logged if name.startswith("first_state")} == {f"first_state_{t}" for t in (1, 5, 10, 20)}
+
+
+def test_the_figure_shows_every_curve(maze_errors: tuple[ModelErrors, Tensor]) -> None:
+    figure = errors_figure(maze_errors[0], "small maze")
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["exact (below)", "drifting", START, f"{DATASET} (below)"]
+    assert figure_pixels(figure, dpi=40).std() > 5
+
+
+def test_states_after_the_true_end_and_clipped_starts_do_not_count() -> None:
+    obs = torch.zeros(3, 30, 11)
+    obs[:, :, 0] = 1.25
+    obs[1, 0, 2] = 0.5  # bent: falls in another way
+    obs[2, 0, 7] = 10.0  # a clipped velocity
+    actions = torch.ones(3, 30, 3)
+    with simulator_of("Hopper-v5") as simulator:
+        errors = model_errors(
+            simulator, obs, actions, torch.ones(11), {"none": lambda first, a: torch.zeros(2, 30, 11)}
+        )
+        truth = replay(simulator, obs[:2, 0].double().numpy(), actions[:2].double().numpy())
+        with pytest.raises(ConfigError, match="none of 1 first states"):
+            model_errors(simulator, obs[2:], actions[2:], torch.ones(11), {})
+    ends = truth.terminated.argmax(axis=1) + 1
+    assert truth.terminated.any(axis=1).all(), "the robots should fall"
+    assert errors.rows.tolist() == [(ends >= t).sum() for t in range(30)]
+    last = int(ends.max())
+    assert np.isfinite(errors.mean["none"][: last + 1]).all() and np.isnan(errors.mean["none"][last + 1 :]).all()
+    assert all(int(name.rpartition("_")[2]) <= last for name in errors.at())
+    figure_pixels(errors_figure(errors, "hopper"), dpi=40)
