@@ -103,14 +103,17 @@ class DiffusionPolicy(nn.Module):
         x = options.noise_scale * noise
         if options.name == "dpm":
             steps = options.calls(schedule.num_steps)
-            calls = plan(schedule.kind, schedule.num_steps, steps, options.order, options.method)
+            o = options
+            calls = plan(schedule.kind, schedule.num_steps, steps, o.order, o.method, o.grid, variant=o.variant)
             net = self.net.given(obs, [call.k for call in calls])
 
             def eps_model(x: Tensor, k: Tensor) -> Tensor:
                 eps = scale * net(x, k).to(x.dtype)
                 return clip_eps(x, eps, schedule, k) if options.clip else eps
 
-            x = sample_dpm_ode(eps_model, x, schedule, steps=steps, order=options.order, method=options.method)
+            x = sample_dpm_ode(
+                eps_model, x, schedule, steps=steps, order=o.order, method=o.method, grid=o.grid, variant=o.variant
+            )
             return x.clamp(-1, 1)
 
         net = self.net.given(obs, [k - 1 for k in schedule.time_grid(options.steps)])

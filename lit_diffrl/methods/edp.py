@@ -15,7 +15,7 @@ from torch.optim import Adam, Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
-from lit_diffrl.errors import check_choice, check_range
+from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.methods.diffusion_learner import DiffusionLearner
 from lit_diffrl.methods.diffusion_policy import Noised
 from lit_diffrl.methods.losses import (
@@ -51,10 +51,13 @@ class EDP(DiffusionLearner):
         net: The noise network.
         critic: The critics and their targets.
         ema: Average of the policy; until ``start`` it stays the initial one.
-        lr: Learning rate of the policy (and of IQL's value).
+        lr: Learning rate of the policy; the critics' is ``critic.lr``, which is IQL's value's too.
         lr_decay: ``cosine`` to 0 over the run, or ``none``.
         grad_clip: Largest norm of the policy's gradient; null for no limit.
     """
+
+    bound: float  # of a likelihood's weights, where there are any
+    normalize_weights: bool
 
     def __init__(
         self,
@@ -91,6 +94,12 @@ class EDP(DiffusionLearner):
     def guide_loss(self, weights: Tensor, noised: Noised, batch: PolicyBatch) -> Tensor:
         """Weighted likelihood of the data's actions under N(a_hat, I) (Eq. 13)."""
         return -(weights * surrogate_log_prob(batch.action, self.improved_action(noised, batch.obs))).mean()
+
+    def settle(self, weights: Tensor) -> Tensor:
+        """Report a likelihood's weights and, if so asked, scale them to a mean of 1 over the batch of all processes."""
+        if self.reporting:
+            self.report({"weight": weights.mean(), "weight_bound": (weights >= 0.999 * self.bound).float().mean()})
+        return weights / self.mean_of_all(weights).clamp_min(1e-8) if self.normalize_weights else weights
 
     def finish(self) -> None:
         """After the steps of an update: averages and the counter."""
@@ -167,8 +176,9 @@ class EDPTD3(_Simultaneous):
 class EDPCRR(_Simultaneous):
     """EDP with CRR's improvement: clone the actions that are better than the policy's own (Eqs. 10 to 13).
 
-    The advantage of the data's action is measured against the mean of ``candidates`` actions around Eq. 9's; its
-    weight ``min(exp(A / beta), bound)`` multiplies the likelihood of Eq. 13, or the diffusion loss itself (Eq. 12).
+    The advantage of the data's action is measured against the mean of ``candidates`` actions around Eq. 9's (without
+    it: drawn from the policy); its weight ``min(exp(A / beta), bound)`` multiplies the likelihood of Eq. 13, or the
+    diffusion loss itself (Eq. 12).
 
     Logged: as :class:`EDPTD3`, with ``loss/guide``, ``weight`` (mean) and ``weight_bound`` (share at the bound).
 
@@ -178,6 +188,7 @@ class EDPCRR(_Simultaneous):
         weighting: ``exp`` of the advantage, or its ``indicator``.
         beta: Temperature of ``exp``.
         bound: Largest weight.
+        normalize_weights: Divide the weights by their mean over the batch: the code's ``adv_norm``, there off.
         candidates: Actions a value is averaged over.
         **kwargs: As :class:`EDP`.
     """
@@ -189,6 +200,7 @@ class EDPCRR(_Simultaneous):
         weighting: Literal["exp", "indicator"] = "exp",
         beta: float = 1.0,
         bound: float = 20.0,
+        normalize_weights: bool = False,
         candidates: int = 10,
         **kwargs: Any,
     ) -> None:
@@ -198,8 +210,13 @@ class EDPCRR(_Simultaneous):
         check_range("model.bound", bound, 0, low_open=True, high_open=True)
         check_range("model.candidates", candidates, 1)
         self.objective, self.normalize_elbo, self.weighting = objective, normalize_elbo, weighting
-        self.beta, self.bound, self.candidates = beta, bound, candidates
+        self.beta, self.bound, self.normalize_weights, self.candidates = beta, bound, normalize_weights, candidates
         super().__init__(**kwargs)
+        if objective == "elbo" and self.schedule.kind == "cosine":
+            raise ConfigError(
+                "model.objective 'elbo' (Eq. 12) gives nearly all weight to the last step of model.schedule 'cosine'; "
+                "use schedule 'linear' or 'vp', or objective 'mle'"
+            )
 
     def build(self, spec: DatasetSpec) -> None:
         """Networks as EDP's, and Eq. 12's weights."""
@@ -210,11 +227,13 @@ class EDPCRR(_Simultaneous):
     @torch.no_grad()
     def weights(self, batch: PolicyBatch, a_hat: Tensor) -> Tensor:
         """CRR's weight of each data action ``(B,)``."""
-        shape = (len(a_hat), self.candidates, a_hat.shape[1])
-        around = a_hat[:, None] + self.draws.randn_like(a_hat.new_empty(shape))
-        value = self.least_q(batch.obs, around).mean(dim=1)
-        advantage = self.least_q(batch.obs, batch.action) - value
-        return crr_weights(advantage, self.weighting, self.beta, self.bound)
+        noise = self.draws.randn_like(a_hat[:, None].expand(-1, self.candidates, -1))
+        if self.action_approximation:
+            own = a_hat[:, None] + noise
+        else:
+            own = self.policy.sample(batch.obs, noise, self.sampler, self.draws.randn_like)
+        advantage = self.least_q(batch.obs, batch.action) - self.least_q(batch.obs, own).mean(dim=1)
+        return self.settle(crr_weights(advantage, self.weighting, self.beta, self.bound))
 
     def policy_loss(self, batch: PolicyBatch) -> dict[str, Tensor]:
         """Diffusion loss and weighted likelihood."""
@@ -225,8 +244,6 @@ class EDPCRR(_Simultaneous):
             guide = (weights * omega[noised.k - 1] * noised.error).mean()
         else:
             guide = self.guide_loss(weights, noised, batch)
-        if self.reporting:
-            self.report({"weight": weights.mean(), "weight_bound": (weights >= 0.999 * self.bound).float().mean()})
         diffusion = noised.error.mean()
         return {"total": diffusion + self.guide_weight * guide, "diffusion": diffusion, "guide": guide}
 
@@ -244,14 +261,22 @@ class EDPIQL(EDP):
         expectile: 0.7; 0.9 on AntMaze.
         eta: Inverse temperature: 1 in the paper, 3 in the code.
         bound: Largest weight.
+        normalize_weights: Divide the weights by their mean over the batch: the code's ``adv_norm``, there off.
         **kwargs: As :class:`EDP`.
     """
 
-    def __init__(self, expectile: float = 0.7, eta: float = 1.0, bound: float = 100.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        expectile: float = 0.7,
+        eta: float = 1.0,
+        bound: float = 100.0,
+        normalize_weights: bool = False,
+        **kwargs: Any,
+    ) -> None:
         check_range("model.expectile", expectile, 0, 1, low_open=True, high_open=True)
         check_range("model.eta", eta, 0, high_open=True)
         check_range("model.bound", bound, 0, low_open=True, high_open=True)
-        self.expectile, self.eta, self.bound = expectile, eta, bound
+        self.expectile, self.eta, self.bound, self.normalize_weights = expectile, eta, bound, normalize_weights
         super().__init__(**kwargs)
         self.refuse_max_backup()
 
@@ -278,7 +303,7 @@ class EDPIQL(EDP):
 
         with torch.no_grad():
             advantage = least - self.value(batch.obs)
-        weights = exponential_weights(advantage, self.eta, self.bound)
+        weights = self.settle(exponential_weights(advantage, self.eta, self.bound))
         noised = self.policy.noised(batch.action, batch.obs, self.draws)
         diffusion, guide = noised.error.mean(), self.guide_loss(weights, noised, batch)
         policy_loss = diffusion + self.guide_weight * guide
@@ -295,5 +320,4 @@ class EDPIQL(EDP):
             losses = {"loss/critic": critic_loss, "loss/diffusion": diffusion, "loss/guide": guide}
             self.report({**losses, "loss/value": value_loss, "q/mean": q.mean()}, prog_bar=True)
             norms = {"grad_norm/value": value_norm, "grad_norm/policy": policy_norm, "grad_norm/critic": critic_norm}
-            shares = {"weight": weights.mean(), "weight_bound": (weights >= 0.999 * self.bound).float().mean()}
-            self.report({**norms, **shares, "q/target": y.mean(), "q/value": value.mean()})
+            self.report({**norms, "q/target": y.mean(), "q/value": value.mean()})

@@ -17,6 +17,9 @@ class ActionSamplerOptions:
         steps: Network calls; null for all diffusion steps (15 for ``dpm``).
         order: Order of ``dpm``, 1 to 3.
         method: Form of ``dpm``: ``singlestep`` (EDP) or ``multistep``.
+        grid: Times of ``dpm``: evenly spaced in time, ``time_uniform`` (EDP), or in the log of the signal-to-noise
+            ratio, ``logsnr``.
+        variant: Polynomials of ``dpm`` in a step: ``plain`` (EDP) or the ``taylor`` expansion.
         clip: Keep the implied clean action within [-1, 1] at every call.
         noise_scale: Scale of the initial noise; 0 starts at its mean (EDP, section 4.5).
         eps_scale: Factor of the predicted noise, EDP's policy scaling; no true temperature.
@@ -26,6 +29,8 @@ class ActionSamplerOptions:
     steps: int | None = None
     order: int = 3
     method: Literal["singlestep", "multistep"] = "singlestep"
+    grid: Literal["time_uniform", "logsnr"] = "time_uniform"
+    variant: Literal["plain", "taylor"] = "plain"
     clip: bool = True
     noise_scale: float = 1.0
     eps_scale: float = 1.0
@@ -33,13 +38,21 @@ class ActionSamplerOptions:
     def __post_init__(self) -> None:
         check_choice("sampler.name", self.name, ("ddpm", "ddim", "dpm"))
         check_choice("sampler.method", self.method, ("singlestep", "multistep"))
+        check_choice("sampler.grid", self.grid, ("time_uniform", "logsnr"))
+        check_choice("sampler.variant", self.variant, ("plain", "taylor"))
         check_range("sampler.order", self.order, 1, 3)
         check_range("sampler.noise_scale", self.noise_scale, 0, high_open=True)
         check_range("sampler.eps_scale", self.eps_scale, 0, low_open=True, high_open=True)
         if self.steps is not None:
             check_range("sampler.steps", self.steps, 1)
-        if self.method == "multistep" and self.name != "dpm":
-            raise ConfigError(f"sampler.method 'multistep' is for 'dpm', but sampler.name is {self.name!r}")
+        given = {"order": self.order, "method": self.method, "grid": self.grid, "variant": self.variant}
+        for name, value in given.items():
+            default = type(self).__dataclass_fields__[name].default
+            if self.name != "dpm" and value != default:
+                raise ConfigError(
+                    f"sampler.{name} {value!r} is for sampler.name 'dpm', but that is {self.name!r}; use dpm, or leave "
+                    f"sampler.{name} at {default!r}"
+                )
 
     def calls(self, num_steps: int) -> int:
         """Network calls of one action, for a schedule of ``num_steps`` steps."""

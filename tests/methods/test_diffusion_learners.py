@@ -71,9 +71,10 @@ def batch(n: int = 16) -> PolicyBatch:
 # ---------------------------------------------------------------- the policy
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-4)])
 def test_the_true_noise_gives_the_action_back_at_every_step(dtype: torch.dtype, tolerance: float) -> None:
     """Oracle 7: Eq. 9 is exact for a perfect network."""
+    torch.manual_seed(0)
     policy = DiffusionPolicy(2, 3, Schedule("linear", 1000), NoiseNetOptions(hidden=8)).to(dtype)
     k = torch.arange(1, 1001)
     action = torch.rand(1000, 3, dtype=dtype) * 1.8 - 0.9

@@ -105,3 +105,10 @@ def test_an_average_may_hold_its_first_weights_and_count_from_another_step() -> 
         ema.update(net)
         seen.append(float(ema.net.weight))  # type: ignore[arg-type]
     assert seen == [0.0] * 10 + [0.5] * 5 + [0.75] * 5 + [0.875]
+
+
+def test_half_of_the_way_takes_138_updates() -> None:
+    ema, net = EMA(constant(0.0), decay=0.995, every=1, start=0), constant(1.0)
+    for _ in range(138):
+        ema.update(net)
+    assert average(ema) == pytest.approx(0.4993, abs=5e-5)

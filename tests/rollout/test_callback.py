@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,16 @@ def test_first_last_and_every_nth_epoch_once_the_agent_can_act(toy_spec, tmp_pat
     trainer(tmp_path / "run", rollout, epochs=8).fit(Learner(toy_spec(), begins=1))
     assert [epoch for epoch, _ in rollout.returns.history] == [1, 2, 5, 7]
     assert [step for step, _ in curves(tmp_path / "run")["eval/return"]] == [7, 11, 23, 31]
+
+
+@pytest.mark.parametrize(("epochs", "evaluations"), [(2000, 201), (1000, 101)])
+def test_evaluations_of_a_published_run(epochs, evaluations):
+    """After the first epoch and after every tenth, as EDP reports its scores."""
+    rollout = RolloutEvaluation(every_n_epochs=10)
+    for epoch in range(epochs):
+        if rollout._due(SimpleNamespace(current_epoch=epoch, max_epochs=epochs)):
+            rollout.returns.add(epoch, 0.0)
+    assert len(rollout.returns.history) == evaluations
 
 
 def test_a_resumed_run_continues_its_scores(toy_spec, tmp_path):

@@ -1,0 +1,301 @@
+"""EDP's learners and Diffusion-QL against direct formulas: weights, likelihoods, normalisers, order (oracles 11 to 21).
+
+What an update computes is read off the losses it descends, at networks whose every state is known.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from small_learners import ACTION, OBS, at_each_step, batch, same, transitions, weights
+from torch import Tensor, nn
+
+from lit_diffrl.diffusion.schedules import Schedule
+from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods import EDPCRR, EDPIQL, EDPTD3, DiffusionQL
+from lit_diffrl.methods.diffusion_policy import Noised
+from lit_diffrl.methods.losses import elbo_weights
+
+SMALL: dict[str, Any] = {"n_diffusion_steps": 25, "net": {"hidden": 16}, "critic": {"hidden": 16, "layers": 2}}
+
+
+def built(kind: type[Any], **options: Any) -> Any:
+    """A small learner that ``training_step`` trains without a Trainer."""
+    torch.manual_seed(0)
+    given = {k: {**SMALL[k], **v} if isinstance(SMALL.get(k), dict) else v for k, v in options.items()}
+    method = kind(**{**SMALL, **given})
+    rows = torch.zeros(2, OBS + ACTION)
+    method.build(transitions(rows[:, :OBS], rows[:, OBS:], torch.zeros(2)).spec)
+    found = method.configure_optimizers()
+    method.optimizers = lambda: found
+    method.manual_backward = lambda loss: loss.backward()
+    method.draws.begin(method.draws.place, torch.device("cpu"))
+    return method
+
+
+def watch_noised(method: Any) -> list[Noised]:
+    """The policy's noised batches, as they are made."""
+    made: list[Noised] = []
+    noised = method.policy.noised
+
+    def watched(*args: Any) -> Noised:
+        made.append(noised(*args))
+        return made[-1]
+
+    method.policy.noised = watched
+    return made
+
+
+def log_density(action: Tensor, a_hat: Tensor) -> Tensor:
+    return torch.distributions.Normal(a_hat, 1.0).log_prob(action).sum(-1)
+
+
+class Square(nn.Module):
+    """Two critics: minus the squared length of the action, and one less; they keep what they were asked."""
+
+    asked: Tensor
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        if action.dim() == 3:
+            self.asked = action
+        q = -action.square().sum(-1)
+        return torch.stack([q, q - 1])
+
+
+# ---------------------------------------------------------------- EDP-IQL
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_edp_iql_goes_from_value_to_policy_to_critics_each_seeing_the_one_before(normalize: bool) -> None:
+    """At rates that show, every loss is the formula's at that moment's networks; targets and average move last."""
+    method = built(
+        EDPIQL, eta=3.0, lr=0.1, guide_weight=0.5, normalize_weights=normalize, critic={"lr": 0.1},
+        ema={"every": 1, "start": 0},
+    )  # fmt: skip
+    data, made, order = batch(), watch_noised(method), list[str]()
+    slow = (method.target_critic.net, method.policy_ema.net)
+    before = [weights(net) for net in slow]
+
+    def look(name: str, loss: Tensor) -> None:
+        order.append(name)
+        assert all(same(old, weights(net)) for old, net in zip(before, slow)), "targets and average move last"
+        v, v_next = method.value(data.obs).detach(), method.value(data.next_obs).detach()
+        advantage = method.target_critic.net(data.obs, data.action).min(0).values.detach() - v
+        if name == "value":
+            expected = (torch.where(advantage > 0, 0.7, 0.3) * advantage**2).mean()
+        elif name == "policy":
+            f = (3 * advantage).exp().clamp(max=100)
+            f = f / f.mean() if normalize else f
+            a_hat = method.policy.approximate(made[-1])
+            expected = made[-1].error.mean() - 0.5 * (f * log_density(data.action, a_hat)).mean()
+        else:
+            y = data.reward + 0.99 * v_next
+            q = method.critic(data.obs, data.action)
+            expected = (q[0] - y).square().mean() + (q[1] - y).square().mean()
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+    at_each_step(method, look)
+    for _ in range(2):
+        method.training_step(data, 0)
+        assert not any(same(old, weights(net)) for old, net in zip(before, slow))
+        before = [weights(net) for net in slow]
+    assert order == ["value", "policy", "critic"] * 2
+
+
+def test_edp_iql_is_bounded_where_the_advantage_is_ln_100_over_eta() -> None:
+    """Oracle 11: 1.535057 at eta 3."""
+    for over, f in ((1.5350, math.exp(3 * 1.5350)), (1.535057, 100.0), (1.54, 100.0), (50.0, 100.0)):
+        method = built(EDPIQL, eta=3.0, critic={"lr": 1e-30}, lr=1e-30)
+        with torch.no_grad():
+            for net in (method.target_critic.net.head, method.value.net[-1]):
+                net.weight.zero_()
+                net.bias.zero_()
+            method.target_critic.net.head.bias.add_(over)
+        made, losses = watch_noised(method), dict[str, float]()
+        at_each_step(method, lambda name, loss, losses=losses: losses.update({name: float(loss)}))  # type: ignore[misc]
+        data = batch()
+        method.training_step(data, 0)
+        guide = -f * log_density(data.action, method.policy.approximate(made[0])).mean()
+        assert losses["policy"] == pytest.approx(float(made[0].error.mean() + guide), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [EDPTD3, EDPCRR, EDPIQL, DiffusionQL])
+def test_the_policys_step_leaves_gradients_on_the_policy_alone(kind: type[Any]) -> None:
+    method = built(kind)
+    own, seen = {*method.policy.parameters()}, []
+
+    def others() -> list[Tensor | None]:
+        return [None if p.grad is None else p.grad.clone() for p in method.parameters() if p not in own]
+
+    method.training_step(batch(), 0)
+    descend = method.descend
+
+    def watched(optimizer: Any, loss: Tensor, name: str, *args: Any) -> Tensor:
+        before = others()
+        norm: Tensor = descend(optimizer, loss, name, *args)
+        if name == "policy":
+            seen.append(name)
+            for old, new in zip(before, others()):
+                assert (old is None) == (new is None) and (old is None or torch.equal(old, new))  # type: ignore[arg-type]
+        return norm
+
+    method.descend = watched
+    method.training_step(batch(), 0)
+    assert seen
+
+
+# ---------------------------------------------------------------- EDP-CRR
+
+
+def test_the_value_of_edp_crr_is_that_of_actions_around_eq_9_in_no_box() -> None:
+    method = built(EDPCRR, candidates=4000, beta=2.0)
+    method.critic = Square()
+    data, a_hat = batch(), 1.8 * torch.rand(16, ACTION) - 0.9
+    found = method.weights(data, a_hat)
+    asked = method.critic.asked
+    assert asked.shape == (16, 4000, ACTION) and float(asked.abs().max()) > 3
+    torch.testing.assert_close(asked.mean(1), a_hat, atol=0.08, rtol=0)
+    torch.testing.assert_close(asked.std(1), torch.ones(16, ACTION), atol=0.05, rtol=0)
+    value = -1 - (a_hat.square().sum(-1) + ACTION)
+    advantage = -1 - data.action.square().sum(-1) - value
+    torch.testing.assert_close(found, (advantage / 2).exp().clamp(max=20), rtol=0.1, atol=0)
+
+
+def test_without_eq_9_the_value_of_edp_crr_is_that_of_the_policys_own_actions() -> None:
+    method = built(EDPCRR, candidates=3, action_approximation=False)
+    method.critic = Square()
+    method.weights(batch(), torch.full((16, ACTION), 100.0))
+    assert method.critic.asked.shape == (16, 3, ACTION) and float(method.critic.asked.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("objective", ["mle", "elbo"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_loss_of_edp_crr_is_that_of_cloning_and_the_weighted_likelihood(objective: str, normalize: bool) -> None:
+    method = built(EDPCRR, objective=objective, guide_weight=0.3, normalize_weights=normalize)
+    made, found, settle = watch_noised(method), list[Tensor](), method.settle
+
+    def watched(f: Tensor) -> Tensor:
+        found.extend([f, settle(f)])
+        return found[-1]
+
+    method.settle = watched
+    data = batch()
+    losses = method.policy_loss(data)
+    f, used = found
+    torch.testing.assert_close(used, f / f.mean() if normalize else f)
+    (noised,) = made
+    if objective == "mle":
+        expected = -(used * log_density(data.action, method.policy.approximate(noised))).mean()
+    else:
+        omega = elbo_weights(Schedule("linear", 25)).float()
+        expected = (used * omega[noised.k - 1] * noised.error).mean()
+    assert float(losses["guide"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(losses["total"]) == pytest.approx(float(noised.error.mean() + 0.3 * expected), rel=1e-5)
+
+
+def test_weights_that_are_all_0_stay_so_when_scaled() -> None:
+    method = built(EDPCRR, weighting="indicator", normalize_weights=True)
+    assert method.settle(torch.zeros(8)).tolist() == [0.0] * 8
+
+
+def test_eq_12_is_refused_with_a_cosine_schedule_whose_last_step_has_nearly_all_weight() -> None:
+    shares = [float(elbo_weights(Schedule("cosine", k))[-1]) / k for k in (50, 100, 1000)]
+    assert min(shares) > 0.9 and shares[1] == pytest.approx(0.98, abs=0.005)
+    with pytest.raises(ConfigError, match="'elbo'.* schedule 'linear' or 'vp'"):
+        EDPCRR(objective="elbo", schedule="cosine")
+    EDPCRR(objective="mle", schedule="cosine")
+
+
+def test_the_papers_weight_of_eq_12_is_infinite_at_the_first_step() -> None:
+    """Oracle 12: what the code's weight replaces."""
+    schedule = Schedule("linear", 1000)
+    beta, alpha, alpha_bar = (schedule.exact(name) for name in ("beta", "alpha", "alpha_bar"))
+    paper = beta[1:] / (2 * alpha[1:] * (1 - alpha_bar[:-1]))
+    assert math.isinf(paper[0]) and float(paper[1]) == pytest.approx(0.599672, abs=1e-6)
+    assert bool(elbo_weights(schedule).isfinite().all())
+
+
+# ---------------------------------------------------------------- EDP-TD3 and Diffusion-QL
+
+
+def improvement(kind: type[Any], factors: tuple[float, float]) -> tuple[float, list[Tensor]]:
+    """Loss and policy gradient of an update whose critics are multiplied by these."""
+    method = built(kind)
+    with torch.no_grad():
+        for p in (method.critic.head.weight, method.critic.head.bias):
+            p.mul_(torch.tensor(factors).view(2, 1, 1))
+    loss = method.policy_loss(batch())["total"]
+    loss.backward()
+    return float(loss), [p.grad for p in method.policy.parameters()]
+
+
+@pytest.mark.parametrize("kind", [EDPTD3, DiffusionQL])
+def test_the_scale_of_the_critics_does_not_matter_that_of_one_of_two_does_to_diffusion_ql(kind: type[Any]) -> None:
+    """Oracle 13: EDP divides by the critic that it follows, Diffusion-QL by the other."""
+    plain = improvement(kind, (1.0, 1.0))
+    for factors in ((7.0, 7.0), (7.0, 1.0), (1.0, 7.0)):
+        scaled = improvement(kind, factors)
+        same_loss = scaled[0] == pytest.approx(plain[0], rel=1e-5)
+        assert same_loss == (kind is EDPTD3 or factors[0] == factors[1])
+        if same_loss:
+            for a, b in zip(plain[1], scaled[1]):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_the_gradient_of_edp_td3_is_that_of_the_critic_before_its_step_and_of_diffusion_ql_after() -> None:
+    """Oracle 21."""
+    for kind, sees_new in ((EDPTD3, False), (DiffusionQL, True)):
+        method = built(kind, critic={"lr": 0.1, "grad_clip": None}, grad_clip=None)
+        frozen = built(kind).critic
+        frozen.load_state_dict(method.critic.state_dict())
+        seen: dict[str, Tensor] = {}
+        at_each_step(method, lambda name, loss, seen=seen: seen.update({name: loss.detach()}))  # type: ignore[misc]
+        policy_loss = method.policy_loss
+
+        def with_frozen(
+            data: Any, method: Any = method, policy_loss: Any = policy_loss, frozen: Any = frozen, seen: Any = seen
+        ) -> dict[str, Tensor]:
+            state = method.draws._generator.get_state()
+            now, method.critic = method.critic, frozen
+            seen["old"] = policy_loss(data)["total"].detach()
+            method.critic = now
+            method.draws._generator.set_state(state)
+            losses: dict[str, Tensor] = policy_loss(data)
+            return losses
+
+        method.policy_loss = with_frozen
+        method.training_step(batch(), 0)
+        assert torch.equal(seen["policy"], seen["old"]) != sees_new
+
+
+def test_the_rate_of_the_policy_is_half_in_the_middle_of_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle 16: 1.5e-4 at epoch 1000 of 2000."""
+    method = built(EDPTD3, lr_decay="cosine", policy_epochs=2000, lr=3e-4)
+    (_, optimizer) = method.optimizers()
+    loop = type("Loop", (), {"epoch_loop": type("E", (), {"batch_idx": 0})})
+    method._trainer = type("T", (), {"num_training_batches": 1000, "fit_loop": loop, "current_epoch": 0})
+    for epoch, lr in ((0, 3e-4), (1000, 1.5e-4), (1999, 3e-4 * (1 - math.cos(math.pi / 2000)) / 2)):
+        method._trainer.current_epoch = epoch
+        method.anneal(optimizer)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-6)
+
+
+# ---------------------------------------------------------------- options of the sampler
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "ddim", "method": "multistep"}, "sampler.method 'multistep' is for sampler.name 'dpm'"),
+        ({"name": "ddpm", "order": 2}, "sampler.order 2 is for .*leave sampler.order at 3"),
+        ({"name": "ddpm", "grid": "logsnr"}, "sampler.grid 'logsnr' is for"),
+        ({"name": "dpm", "grid": "logSNR"}, "sampler.grid must be one of time_uniform, logsnr"),
+        ({"name": "dpm", "variant": "tailor"}, "did you mean 'taylor'"),
+    ],
+)
+def test_a_sampler_is_given_its_own_options_only(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        EDPTD3(sampler=options)

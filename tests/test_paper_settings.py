@@ -1,0 +1,145 @@
+"""The files of conf/paper/ say what the papers' tables say: Diffusion-QL's official one, EDP's Table 3 and its code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lit_diffrl.methods import CQL, CRR, EDPCRR, EDPIQL, EDPTD3, IQL, TD3BC, DiffusionQL
+
+PAPER = Path(__file__).parents[1] / "conf" / "paper"
+METHODS = {kind.__name__: kind for kind in (EDPTD3, EDPCRR, EDPIQL, DiffusionQL, TD3BC, CRR, IQL, CQL)}
+
+# task: learning rate, eta, max-Q backup, rewards, epochs, norm limit, rank of the offline selection
+DQL: dict[str, tuple[float, float, bool, str, int, float, int]] = {
+    "halfcheetah-medium-v2": (3e-4, 1.0, False, "none", 2000, 9, 1),
+    "hopper-medium-v2": (3e-4, 1.0, False, "none", 2000, 9, 2),
+    "walker2d-medium-v2": (3e-4, 1.0, False, "none", 2000, 1, 1),
+    "halfcheetah-medium-replay-v2": (3e-4, 1.0, False, "none", 2000, 2, 0),
+    "hopper-medium-replay-v2": (3e-4, 1.0, False, "none", 2000, 4, 2),
+    "walker2d-medium-replay-v2": (3e-4, 1.0, False, "none", 2000, 4, 1),
+    "halfcheetah-medium-expert-v2": (3e-4, 1.0, False, "none", 2000, 7, 0),
+    "hopper-medium-expert-v2": (3e-4, 1.0, False, "none", 2000, 5, 2),
+    "walker2d-medium-expert-v2": (3e-4, 1.0, False, "none", 2000, 5, 1),
+    "antmaze-umaze-v0": (3e-4, 0.5, False, "cql_antmaze", 1000, 2, 2),
+    "antmaze-umaze-diverse-v0": (3e-4, 2.0, True, "cql_antmaze", 1000, 3, 2),
+    "antmaze-medium-play-v0": (1e-3, 2.0, True, "cql_antmaze", 1000, 2, 1),
+    "antmaze-medium-diverse-v0": (3e-4, 3.0, True, "cql_antmaze", 1000, 1, 1),
+    "antmaze-large-play-v0": (3e-4, 4.5, True, "cql_antmaze", 1000, 10, 2),
+    "antmaze-large-diverse-v0": (3e-4, 3.5, True, "cql_antmaze", 1000, 7, 1),
+    "pen-human-v1": (3e-5, 0.15, False, "standardise", 1000, 7, 2),
+    "pen-cloned-v1": (3e-5, 0.1, False, "standardise", 1000, 8, 2),
+    "kitchen-complete-v0": (3e-4, 0.005, False, "none", 250, 9, 2),
+    "kitchen-partial-v0": (3e-4, 0.005, False, "none", 1000, 10, 2),
+    "kitchen-mixed-v0": (3e-4, 0.005, False, "none", 1000, 10, 0),
+}
+# domain: learning rate, weight of the improvement, epochs, expectile of IQL
+EDP = {
+    "locomotion": (3e-4, 1.0, 2000, 0.7),
+    "antmaze": (3e-4, 1.0, 1000, 0.9),
+    "adroit": (3e-5, 0.1, 1000, 0.7),
+    "kitchen": (3e-4, 0.005, 1000, 0.7),
+}
+EDP_REWARDS = {
+    "edp_td3": {"locomotion": "none", "antmaze": "cql_antmaze", "adroit": "minmax", "kitchen": "minmax"},
+    "edp_crr": {"locomotion": "none", "antmaze": "cql_antmaze", "adroit": "minmax", "kitchen": "minmax"},
+    "edp_iql": {"locomotion": "return_range", "antmaze": "iql_antmaze", "adroit": "minmax", "kitchen": "minmax"},
+}
+
+
+def settings(path: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The learner that a file makes, defaults included; its data's arguments, and how it is evaluated."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(PAPER / path))
+    model = content["model"]
+    method = METHODS[model["class_path"].rpartition(".")[2]](**model["init_args"])
+    return method, content["data"]["init_args"], content.get("rollout", {})
+
+
+def test_the_table_has_the_20_tasks_of_the_folder() -> None:
+    assert {path.stem for path in (PAPER / "dql").glob("*.yaml")} == set(DQL) and len(DQL) == 20
+
+
+@pytest.mark.parametrize("task", DQL)
+def test_diffusion_ql_has_its_official_table(task: str) -> None:
+    lr, eta, backup, rewards, epochs, limit, rank = DQL[task]
+    method, data, rollout = settings(f"dql/{task}.yaml")
+    critic = method.critic_options
+    assert (method.lr, method.eta, method.policy_epochs, method.grad_clip) == (lr, eta, epochs, limit)
+    assert (critic.lr, critic.grad_clip, critic.clip_each, critic.tau) == (3e-4, limit, False, 0.005)
+    assert critic.backup_candidates == (10 if backup else 1)
+    assert (data.get("reward", "none"), data.get("action_clip"), data.get("normalizer")) == (rewards, None, None)
+    assert (method.schedule.kind, method.schedule.num_steps, method.sampler.name) == ("vp", 5, "ddpm")
+    assert (method.ema_options.decay, method.ema_options.every, method.ema_options.start) == (0.995, 5, 1001)
+    assert (method.selection.candidates, method.selection.temperature, method.selection.critic) == (50, 1.0, "target")
+    assert rollout["every_n_epochs"] == 50 and rollout["episodes"] == (10 if task.endswith("v2") else 100)
+    assert method.lr_decay == "none", "the official decay comes to a constant rate"
+    comment = re.search(r"^# .*offline selection.*\btop_k (\d)", (PAPER / f"dql/{task}.yaml").read_text(), re.M)
+    assert comment and int(comment[1]) == rank
+
+
+@pytest.mark.parametrize("learner", EDP_REWARDS)
+@pytest.mark.parametrize("domain", EDP)
+def test_edp_has_its_table_3(learner: str, domain: str) -> None:
+    lr, weight, epochs, expectile = EDP[domain]
+    method, data, rollout = settings(f"{learner}/{domain}.yaml")
+    critic = method.critic_options
+    assert (method.lr, method.guide_weight, method.policy_epochs, method.grad_clip) == (lr, weight, epochs, 5)
+    assert (critic.lr, critic.grad_clip, critic.clip_each, critic.backup_candidates) == (lr, 5, True, 1)
+    sampler = (method.sampler.name, method.sampler.calls(1000), method.sampler.order, method.sampler.method)
+    assert sampler == ("dpm", 15, 3, "singlestep") and method.eval_sampler == method.sampler
+    assert (method.schedule.kind, method.schedule.num_steps) == ("linear", 1000)
+    assert (method.selection.candidates, method.selection.critic) == (10, "online")
+    assert (data["reward"], data["action_clip"]) == (EDP_REWARDS[learner][domain], 0.999)
+    assert (rollout["every_n_epochs"], rollout["episodes"]) == (10, 10)
+    if learner == "edp_iql":
+        assert (method.expectile, method.eta, method.bound) == (expectile, 1.0, 100.0)
+    elif learner == "edp_crr":
+        assert (method.beta, method.bound, method.candidates, method.objective) == (1.0, 20.0, 10, "mle")
+    else:
+        assert method.alpha == 2.0
+
+
+@pytest.mark.parametrize("learner", EDP_REWARDS)
+def test_the_code_of_edp_has_its_own_settings(learner: str) -> None:
+    method, data, _ = settings(f"{learner}/code.yaml")
+    assert (method.schedule.kind, method.schedule.num_steps) == ("linear", 100)
+    assert (method.sampler.name, method.sampler.calls(100), method.selection.candidates) == ("ddpm", 100, 50)
+    assert (method.lr, method.guide_weight, method.policy_epochs, method.grad_clip) == (3e-4, 1.0, 2000, 9)
+    assert (method.net_options.embedding, method.net_options.init) == ("edp", "lecun")
+    if learner == "edp_iql":
+        assert (method.expectile, method.eta, data["reward"]) == (0.7, 3.0, "return_range")
+    else:
+        assert data["reward"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected", "data_expected"),
+    [
+        ("td3bc/locomotion", {"alpha": 2.5, "policy_freq": 2, "policy_noise": 0.2, "noise_clip": 0.5},
+         {"normalizer": "gaussian"}),
+        ("td3bc/antmaze", {"alpha": 2.5}, {"normalizer": "gaussian", "reward": "iql_antmaze"}),
+        ("iql/locomotion", {"expectile": 0.7, "beta": 3, "bound": 100.0, "lr_decay": "cosine"},
+         {"reward": "return_range", "action_clip": 0.99999}),
+        ("iql/antmaze", {"expectile": 0.9, "beta": 10}, {"reward": "iql_antmaze"}),
+        ("iql/kitchen", {"expectile": 0.7, "beta": 0.5}, {}),
+        ("iql/adroit", {"expectile": 0.7, "beta": 0.5}, {}),
+        ("cql/locomotion", {"alpha": 10, "lr": 3e-5, "target_gap": None}, {"normalizer": "gaussian"}),
+        ("cql/adroit", {"alpha": 1, "lr": 1e-4}, {"normalizer": "gaussian"}),
+        ("cql/antmaze", {"alpha": 5, "lr": 1e-4, "target_gap": 0.8, "diff_clip": -200},
+         {"reward": "affine", "reward_scale": 10, "reward_shift": -5}),
+        ("crr/locomotion", {"beta": 1.0, "bound": 20.0, "candidates": 10, "lr": 3e-4}, {"action_clip": 0.999}),
+        ("crr/adroit", {"lr": 3e-5}, {"reward": "minmax"}),
+    ],
+)  # fmt: skip
+def test_the_baselines_have_theirs(path: str, expected: dict[str, Any], data_expected: dict[str, Any]) -> None:
+    method, data, _ = settings(f"{path}.yaml")
+    assert {name: getattr(method, name) for name in expected} == expected
+    assert {name: data.get(name) for name in data_expected} == data_expected
+    if path == "cql/antmaze":
+        assert (method.critic_options.layers, method.critic_options.backup_candidates) == (5, 10)
+    if path in ("iql/kitchen", "iql/adroit"):
+        assert method.actor_options.dropout == 0.1
