@@ -16,6 +16,7 @@ from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.noise_net import like_rows
 
 PART = 32  # size of the embeddings of time and state in the behaviour network
+TOGETHER = 1024  # pairs of time and state up to which the conditions of all fit the cache
 
 
 class FourierTime(nn.Module):
@@ -115,31 +116,42 @@ class BehaviourNet(nn.Module):
         Returns:
             Predicted noise, like ``x``.
         """
-        return self._trunk(x, self._conditions(self.time(t), F.silu(self.obs(obs))))
+        return self._trunk(x, self._conditions(self.time(t).expand(len(obs), -1), F.silu(self.obs(obs))))
 
     def given(self, obs: Tensor, times: Sequence[float] = ()) -> Callable[[Tensor, Tensor], Tensor]:
         """The network in fixed states as ``(x, t (1,)) -> eps``, for a sampler.
 
         Args:
             obs: States ``(B, S)``, embedded once.
-            times: Times that will be asked for, each for all rows. On a CPU they are embedded together.
+            times: Times that will be asked for, each for all rows. On a CPU, few states have all conditions computed
+                together, many their times' embeddings.
         """
         of_obs = F.silu(self.obs(obs))
-        table = _by_time(self.time, times, obs)
+        few = len(times) * len(obs) <= TOGETHER
+
+        def prepare(t: Tensor) -> Tensor:
+            """What is known of times before ``x``, ``(len(t), ...)``."""
+            if not few:
+                return self.time(t)  # type: ignore[no-any-return]
+            pairs = self.time(t).repeat_interleave(len(obs), 0), of_obs.repeat(len(t), 1)
+            return self._conditions(*pairs).unflatten(0, (len(t), -1))
+
+        table = _by_time(prepare, times, obs)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            return self._trunk(x, self._conditions(_looked_up(table, self.time, t), of_obs))
+            known = _looked_up(table, prepare, t)
+            return self._trunk(x, known[0] if few else self._conditions(known.expand(len(of_obs), -1), of_obs))
 
         return predict
 
-    def _conditions(self, of_time: Tensor, of_obs: Tensor) -> Sequence[Tensor]:
-        """What is added in each block, ``(B, width)``."""
-        both = torch.cat([of_time.expand(len(of_obs), -1), of_obs], dim=-1)
-        return self.condition(F.silu(self.embed(both))).split(self.widths, dim=-1)  # type: ignore[no-any-return]
+    def _conditions(self, of_time: Tensor, of_obs: Tensor) -> Tensor:
+        """What is added in the blocks, side by side, for rows of embedded times and states."""
+        conditions: Tensor = self.condition(F.silu(self.embed(torch.cat([of_time, of_obs], dim=-1))))
+        return conditions
 
-    def _trunk(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+    def _trunk(self, x: Tensor, conditions: Tensor) -> Tensor:
         down1, down2, down3, middle, up2, up1 = self.blocks
-        c1, c2, c3, c4, c5, c6 = (like_rows(c, x) for c in conditions)
+        c1, c2, c3, c4, c5, c6 = like_rows(conditions, x).split(self.widths, dim=-1)
         d1 = down1(x, c1)
         d2 = down2(d1, c2)
         d3 = down3(d2, c3)
