@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_diffrl.errors import check_choice, check_range
+from lit_diffrl.errors import ConfigError, check_choice, check_range
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class BehaviourOptions:
 
     def __post_init__(self) -> None:
         check_range("behaviour.width", self.width, 4)
+        if self.width % 4:
+            raise ConfigError(f"behaviour.width must be a multiple of 4, got {self.width}")
         check_range("behaviour.lr", self.lr, 0, low_open=True, high_open=True)
         check_range("behaviour.batches", self.batches, 1)
         if self.grad_clip is not None:

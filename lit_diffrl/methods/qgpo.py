@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from lit_diffrl.data.transitions import PolicyBatch
@@ -92,20 +93,24 @@ class QGPO(EnergyLearner):
         if self.phase.name == "behaviour":
             self.update_behaviour(behaviour_optimizer, batch, self.noised(batch.action))
         else:
-            assert self.states is not None and self.support is not None
             rows = self.rows()
             if self.phase.name == "critic":
-                ahead = self.support[self.states.after[rows]]
-                y = td_target(batch.reward, batch.done, batch.discount, self.next_value(batch.next_obs, ahead))
-                q = self.critic(batch.obs, batch.action)
-                critic_loss = td_loss(q, y)
-                norm = self.descend(critic_optimizer, critic_loss, "critic", batch)
-                self.target_critic.update(self.critic)
-                if self.reporting:
-                    self.report({"loss/critic": critic_loss, "q/mean": q.mean()}, prog_bar=True)
-                    self.report({"q/target": y.mean(), "grad_norm/critic": norm})
+                self.update_critics(critic_optimizer, batch, rows)
             self.update_energy(energy_optimizer, self.energy_loss(batch, rows), batch)
         self.updates += 1
+
+    def update_critics(self, optimizer: LightningOptimizer, batch: PolicyBatch, rows: Tensor) -> None:
+        """Critics and their targets, on a batch whose transitions are ``rows (B,)`` of the data."""
+        assert self.states is not None and self.support is not None
+        ahead = self.next_value(batch.next_obs, self.support[self.states.after[rows]])
+        y = td_target(batch.reward, batch.done, batch.discount, ahead)
+        q = self.critic(batch.obs, batch.action)
+        loss = td_loss(q, y)
+        norm = self.descend(optimizer, loss, "critic", batch)
+        self.target_critic.update(self.critic)
+        if self.reporting:
+            self.report({"loss/critic": loss, "q/mean": q.mean()}, prog_bar=True)
+            self.report({"q/target": y.mean(), "grad_norm/critic": norm})
 
     @torch.no_grad()
     def next_value(self, next_obs: Tensor, support: Tensor) -> Tensor:

@@ -1,0 +1,229 @@
+"""AEPO: its target under all options, what learns from what, and where it leads on a bandit with a known policy."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from energy_learners import MEAN, SLOPE, STD, act, built, fit, linear_bandit, small
+from small_learners import same, transitions, weights
+from torch import Tensor
+
+from lit_diffrl.data import PolicyBatch
+from lit_diffrl.diffusion.vp_sde import VPSDE
+from lit_diffrl.methods import AEPO
+from lit_diffrl.methods.energy_learner import NoisedAction
+from lit_diffrl.methods.losses import expectile_loss
+
+BETA = 3.0
+LINEAR = torch.tensor([1.0, -2.0], dtype=torch.float64)
+HESSIAN = torch.tensor([[-2.0, 0.5], [0.5, -1.0]], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- the target
+
+
+def ready(**target: Any) -> tuple[Any, PolicyBatch, NoisedAction, Tensor]:
+    """A learner of two-dimensional actions in float64 with a filled table, a batch, its noised actions and noise."""
+    options = {"baseline": False, "scale": 1.0, "q_reduce": "mean", **target}
+    n = 64
+    data = transitions(torch.randn(n, 2), torch.rand(n, 2) - 0.5, torch.zeros(n))
+    posterior = options.pop("posterior", {})
+    method = built(AEPO, data, beta=BETA, target=options, posterior=posterior).double()
+    drawn = [x.double() for x in data.transitions(torch.arange(n))]
+    batch = PolicyBatch(*drawn)
+    method.posterior.fit(method.behaviour, batch.obs, batch.action, method.draws, samples=256)
+    method.draws.begin(method.draws.place, torch.device("cpu"))
+    noised = method.noised(batch.action)
+    return method, batch, noised, method.behaviour(noised.a_t, noised.t, batch.obs).detach()
+
+
+def with_q(method: Any, q: Any) -> Any:
+    method.q_of = lambda obs: q
+    return method
+
+
+def linear_q(action: Tensor) -> Tensor:
+    return 0.7 + action @ LINEAR
+
+
+def quadratic_q(action: Tensor) -> Tensor:
+    return linear_q(action) + 0.5 * ((action @ HESSIAN) * action).sum(-1)
+
+
+@pytest.mark.parametrize("a_bar", ["data_grad_step", "data", "posterior_mean", "fixed"])
+@pytest.mark.parametrize("curvature", ["none", "hvp", "full"])
+def test_for_a_linear_q_the_target_is_one_and_the_same(a_bar: str, curvature: str) -> None:
+    """Wherever Q is expanded: beta Q(mu) + beta^2 v |g|^2 / 2 (oracle 3)."""
+    method, batch, noised, eps_hat = ready(a_bar=a_bar, curvature=curvature)
+    mu, v = method.posterior.mean(noised.a_t, noised.t, eps_hat), method.posterior.variance(noised.t)
+    expected = BETA * linear_q(mu) + 0.5 * BETA**2 * v * 5.0
+    torch.testing.assert_close(with_q(method, linear_q).energy_target(batch, noised, eps_hat), expected)
+
+
+def test_the_papers_expansion_reuses_the_gradient_at_the_datas_action() -> None:
+    """Eq. 46; the other reading differs by beta eta^2 g H g / 2 and more where mu is far."""
+    targets = {}
+    for grad_at in ("a0", "a_bar"):
+        method, batch, noised, eps_hat = ready(grad_at=grad_at, eta=0.1)
+        mu, v = method.posterior.mean(noised.a_t, noised.t, eps_hat), method.posterior.variance(noised.t)
+        targets[grad_at] = with_q(method, quadratic_q).energy_target(batch, noised, eps_hat)
+    g_0 = LINEAR + batch.action @ HESSIAN
+    a_bar = batch.action + 0.1 * g_0
+    for grad_at, g in (("a0", g_0), ("a_bar", LINEAR + a_bar @ HESSIAN)):
+        expected = BETA * (quadratic_q(a_bar) + (g * (mu - a_bar)).sum(-1)) + 0.5 * BETA**2 * v * g.square().sum(-1)
+        torch.testing.assert_close(targets[grad_at], expected)
+
+
+def test_a_normalized_step_has_length_eta() -> None:
+    method, batch, _noised, _eps_hat = ready(eta=0.1, eta_normalized=True)
+    _, _, a_bar, _ = method.expand(quadratic_q, batch.action, batch.action)
+    torch.testing.assert_close((a_bar - batch.action).norm(dim=-1), torch.full((64,), 0.1, dtype=torch.float64))
+
+
+def test_second_order_is_the_same_wherever_a_quadratic_q_is_expanded() -> None:
+    targets = []
+    for a_bar in ("data", "posterior_mean", "fixed"):
+        method, batch, noised, eps_hat = ready(a_bar=a_bar, curvature="full")
+        targets.append(with_q(method, quadratic_q).energy_target(batch, noised, eps_hat))
+    torch.testing.assert_close(targets[0], targets[1])
+    torch.testing.assert_close(targets[0], targets[2])
+
+
+def test_two_cumulants_ask_no_posterior_mean() -> None:
+    method, batch, noised, eps_hat = ready(form="two_cumulant")
+    target = with_q(method, quadratic_q).energy_target(batch, noised, eps_hat)
+    g, v = LINEAR + batch.action @ HESSIAN, method.posterior.variance(noised.t)
+    torch.testing.assert_close(target, BETA * quadratic_q(batch.action) + 0.5 * BETA**2 * v * g.square().sum(-1))
+    torch.testing.assert_close(target, method.energy_target(batch, noised, 100 * eps_hat))
+
+
+def test_the_sampled_mean_is_the_datas_action() -> None:
+    method, batch, noised, eps_hat = ready(posterior={"mean": "sample"})
+    target = with_q(method, linear_q).energy_target(batch, noised, eps_hat)
+    v = method.posterior.variance(noised.t)
+    torch.testing.assert_close(target, BETA * linear_q(batch.action) + 0.5 * BETA**2 * v * 5.0)
+
+
+class HalfTheNoise(torch.nn.Module):
+    def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
+        return x * VPSDE().sigma(t)[:, None] / 2
+
+
+def test_covariances_from_the_noise_lie_within_the_datas_and_agree_for_a_linear_network() -> None:
+    """``eps = sigma a_t / 2`` has the isotropic covariance ``sigma^2 / alpha^2 (1 - sigma^2 / 2)``."""
+    expected = None
+    for covariance in ("jvp", "trace"):
+        method, batch, noised, eps_hat = ready(covariance=covariance)
+        method.posterior.v_bar.fill_(1e6)
+        method.behaviour = HalfTheNoise()
+        plain = with_q(method, linear_q).energy_target(batch, noised, eps_hat)
+        t = noised.t
+        var = method.sde.noise_to_signal(t) * (1 - method.sde.sigma(t).square() / 2)
+        mu = method.posterior.mean(noised.a_t, t, eps_hat)
+        expected = BETA * linear_q(mu) + 0.5 * BETA**2 * var * 5.0
+        torch.testing.assert_close(plain, expected)
+        method.posterior.v_bar.fill_(1e-9)
+        torch.testing.assert_close(method.energy_target(batch, noised, eps_hat), BETA * linear_q(mu), atol=1e-6, rtol=0)
+
+
+def test_the_target_asks_the_least_target_critic_and_carries_no_gradient() -> None:
+    """Oracle 22."""
+    for o in ({}, {"q_reduce": "min"}, {"use_target": False}, {"curvature": "full"}, {"covariance": "jvp"}):
+        method, batch, noised, eps_hat = ready(**o)
+        target = method.energy_target(batch, noised, eps_hat)
+        assert not target.requires_grad
+        with torch.no_grad():
+            method.critic.head.bias.add_(1.0)
+        moved = method.energy_target(batch, noised, eps_hat) - target
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.0 if o.get("use_target", True) else BETA))
+        method.energy_loss(batch, noised).backward()
+        others = [p for name in ("behaviour", "critic", "value") for p in getattr(method, name).parameters()]
+        assert all(p.grad is None for p in others)
+
+
+def test_baseline_and_scale_leave_the_guidance_as_it_is() -> None:
+    """Oracle 24: what is subtracted knows nothing of the action, what is divided is multiplied again."""
+    plain, batch, noised, eps_hat = ready()
+    other, *_ = ready(baseline=True, scale=7.0)
+    energy = other.energy_target(batch, noised, eps_hat) + BETA * other.value(batch.obs).detach()
+    torch.testing.assert_close(energy, plain.energy_target(batch, noised, eps_hat))
+    with torch.no_grad():
+        head = list(other.energy.net)[-1]
+        for p, q in zip(other.energy.parameters(), plain.energy.parameters()):
+            p.copy_(q)
+        head.weight.div_(7.0)
+    for method in (plain, other):
+        method.energy_updates += 1
+    torch.testing.assert_close(act(other.float(), 6), act(plain.float(), 6))
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_the_scale_of_the_target_is_measured_once_and_kept() -> None:
+    method = fit(small(AEPO), 3, linear_bandit())
+    assert bool(method.target_scale > 0) and method.guidance_unit == float(method.target_scale)
+    fixed = fit(small(AEPO, target={"scale": 2.5}), 2)
+    assert fixed.guidance_unit == 2.5
+
+
+def test_tau_one_half_is_half_the_squared_error() -> None:
+    """Oracle 17; the expectiles themselves are tested with the losses."""
+    u = torch.linspace(-2, 3, 7, dtype=torch.float64)
+    assert float(expectile_loss(u, 0.5)) == pytest.approx(float(u.square().mean()) / 2)
+
+
+def test_the_value_becomes_the_expectile_of_the_critics() -> None:
+    """Rewards uniform in [0, 1] whatever the action: 0.75 for tau = 0.9."""
+    generator = torch.Generator().manual_seed(0)
+    n = 2000
+    reward = torch.rand(n, generator=generator)
+    data = transitions(torch.zeros(n, 2), 2 * reward[:, None] - 1, reward)
+    method = fit(small(AEPO, expectile=0.9, energy_epochs=0, critic={"lr": 1e-2}), 250, data)
+    assert float(method.value(torch.zeros(1, 2))) == pytest.approx(0.75, abs=0.05)
+
+
+@pytest.mark.parametrize("q_training", ["iql", "isql", "cql"])
+def test_every_way_to_train_critics_learns_the_slope(q_training: str) -> None:
+    """And cql holds values of actions outside of the data down."""
+    options = {"q_training": q_training, "target": {"baseline": False}, "cql_weight": 0.5, "energy_epochs": 0}
+    method = fit(small(AEPO, **options), 200, linear_bandit(1000))
+    obs, action = torch.zeros(3, 2), torch.tensor([[-0.15], [0.35], [-1.0]])
+    low, high, outside = method.least_q(obs, action).tolist()
+    if q_training != "cql":
+        assert high - low == pytest.approx(0.5 * SLOPE, abs=0.15)
+    else:
+        assert high > low and outside < low - 0.75 * SLOPE
+
+
+def test_joint_training_moves_all_networks_in_every_update() -> None:
+    """Algorithm 1: one phase, its table tracked."""
+    nets = ("behaviour", "value", "critic", "energy")
+    options = {"behaviour_epochs": 0, "critic_epochs": 0, "schedule": "joint", "target": {"scale": 1.0}}
+    method = small(AEPO, **options)
+    seen: list[dict[str, Any]] = []
+    method.on_train_batch_end = lambda *args: seen.append({n: weights(getattr(method, n)) for n in nets})
+    fit(method, 4, linear_bandit())
+    for before, after in itertools.pairwise(seen):
+        assert not any(same(before[n], after[n]) for n in nets)
+    assert bool(method.posterior.fitted) and float(method.posterior.v_bar) == pytest.approx(STD**2, rel=0.1)
+    assert method.can_act
+
+
+def test_guided_samples_are_those_of_the_exact_policy() -> None:
+    """beta 2 on the linear bandit: N(0.2875, 0.0625) after training all three networks; degree 0 is the data's."""
+    critic = {"activation": "silu"}
+    method = fit(small(AEPO, beta=2.0, critic=critic, sampler={"steps": 15}), 700, linear_bandit())
+    for degree, mean in ((0.0, MEAN), (1.0, MEAN + 2 * SLOPE * STD**2)):
+        with method.acting_as(degree, False):
+            action = act(method, 2000)
+        assert float(action.mean()) == pytest.approx(mean, abs=0.05)
+        assert float(action.std()) == pytest.approx(STD, rel=0.2)
+
+
+@pytest.mark.parametrize("options", [{"form": "two_cumulant"}, {"loss": "huber"}, {"weight": "alpha2"}])
+def test_other_targets_and_losses_train(options: dict[str, Any]) -> None:
+    assert fit(small(AEPO, target=options), 2).can_act

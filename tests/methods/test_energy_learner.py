@@ -1,0 +1,257 @@
+"""What QGPO and AEPO share: phases, who learns when, support actions, taking a behaviour model over, acting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from energy_learners import LEARNERS, act, built, fit, linear_bandit, small
+from lightning.pytorch import Trainer
+from small_learners import same, transitions, weights
+
+from lit_diffrl.data import PolicyBatch
+from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods import AEPO, QGPO, TD3BC
+from lit_diffrl.methods.support import chunk_noise, in_chunks, states_of
+from lit_diffrl.seeding import Place
+
+NETWORKS = ("behaviour", "critic", "target_critic", "energy")
+
+
+# ---------------------------------------------------------------- phases
+
+
+@pytest.mark.parametrize(
+    ("kind", "learn"),
+    [
+        (QGPO, [{"behaviour"}, {"critic", "target_critic", "energy"}, {"energy"}]),
+        (AEPO, [{"behaviour"}, {"critic", "target_critic"}, {"energy"}]),
+    ],
+)
+def test_each_phase_trains_its_networks_and_leaves_the_others_to_the_bit(
+    kind: type[Any], learn: list[set[str]]
+) -> None:
+    """Oracle 22 among others: the energy's phase changes neither behaviour model nor critics."""
+    seen: list[dict[str, Any]] = []
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def on_train_epoch_start(self) -> None:
+            seen.append({name: weights(getattr(self, name)) for name in NETWORKS})
+
+    method = fit(small(Watched))
+    seen.append({name: weights(getattr(method, name)) for name in NETWORKS})
+    for (before, after), expected in zip(pairwise(seen), learn, strict=True):
+        assert {name for name in NETWORKS if not same(before[name], after[name])} == expected
+    assert int(method.updates) == 9
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_it_acts_once_the_energy_has_learnt_or_where_nothing_shall(kind: type[Any]) -> None:
+    method = built(kind)
+    method.updates += 1
+    assert not method.can_act and not method.guided
+    method.energy_updates += 1
+    assert method.can_act and method.guided
+    alone = built(kind, critic_epochs=0, energy_epochs=0)
+    assert not alone.can_act
+    alone.updates += 1
+    assert alone.can_act and not alone.guided
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_the_behaviour_model_learns_from_several_batches_at_once(kind: type[Any]) -> None:
+    sizes: list[int] = []
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
+            sizes.append(len(batch.obs))
+            super().training_step(batch, batch_idx)
+
+    fit(small(Watched, behaviour={"batches": 3}), updates=1)
+    assert sizes == [3 * 64, 64, 64]
+
+
+# ---------------------------------------------------------------- support actions
+
+
+def walk() -> PolicyBatch:
+    """Three transitions of one episode, which is cut, then two of another, which ends."""
+    obs = torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0])[:, None]
+    next_obs = torch.tensor([1.0, 2.0, 3.0, 11.0, 12.0])[:, None]
+    done = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    return PolicyBatch(obs, obs, done, next_obs, done, done)
+
+
+def test_next_states_share_the_actions_of_the_transition_that_follows() -> None:
+    states = states_of(walk())
+    assert states.obs.flatten().tolist() == [0, 1, 2, 10, 11, 3]
+    after = states.obs[states.after].flatten().tolist()
+    assert after[:4] == [1, 2, 3, 11], "each next state is found, also that at which an episode was cut"
+    assert after[4] == 11, "what terminates has no next state"
+
+
+@pytest.mark.parametrize("processes", [2, 3, 50])
+def test_the_table_does_not_depend_on_the_number_of_processes(processes: int) -> None:
+    states = torch.arange(5000.0)[:, None]
+
+    def compute(number: int, rows: slice) -> torch.Tensor:
+        return states[rows, :, None] + chunk_noise(number, rows, (4, 2))
+
+    whole = in_chunks(states, (4, 2), Place(0, 0), compute, "drawing")
+    parts = [in_chunks(states, (4, 2), Place(0, 0, rank, processes), compute, "drawing") for rank in range(processes)]
+    assert torch.equal(sum(parts), whole) and float(whole.abs().min()) > 0
+    assert float((whole - states[:, :, None]).std()) == pytest.approx(1, abs=0.02)
+
+
+def test_support_actions_are_drawn_at_their_own_states_without_guidance() -> None:
+    asked: list[tuple[float, bool]] = []
+
+    class Watched(QGPO):
+        def draw_actions(self, obs: Any, noise: Any, options: Any, acting: tuple[float, bool]) -> Any:
+            asked.append(acting)
+            return obs[:, None, :1] + 0 * noise
+
+    n = 2000
+    obs = torch.arange(n * 2.0).view(n, 2)
+    method = fit(small(Watched), 1, transitions(obs, torch.zeros(n, 1), torch.zeros(n)))
+    assert torch.equal(method.support[:n], obs[:, None, :1].expand(-1, 8, -1))
+    assert len(asked) == -(-n // 512) and set(asked) == {(0.0, False)}
+
+
+# ---------------------------------------------------------------- taking a behaviour model over
+
+
+def saved(method: Any, path: Path) -> str:
+    trainer: Trainer = method.trainer
+    trainer.save_checkpoint(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_behaviour_model_is_taken_over_and_its_phase_left_out(kind: type[Any], tmp_path: Path) -> None:
+    first = fit(small(QGPO, critic_epochs=0, energy_epochs=0), 5)
+    path = saved(first, tmp_path / "behaviour.ckpt")
+    second = fit(small(kind, behaviour_ckpt=path), 2)
+    assert same(weights(second.behaviour), weights(first.behaviour))
+    assert torch.equal(second.behaviour.time.frequencies, first.behaviour.time.frequencies)
+    assert second.total_epochs == 2 and int(second.updates) == 4
+
+
+def test_a_behaviour_model_of_other_sizes_data_or_methods_is_refused(tmp_path: Path) -> None:
+    path = saved(fit(small(QGPO, critic_epochs=0, energy_epochs=0), 1), tmp_path / "behaviour.ckpt")
+    with pytest.raises(ConfigError, match="networks differ"):
+        fit(small(AEPO, behaviour_ckpt=path, behaviour={"width": 32}))
+    method = built(AEPO, behaviour_ckpt=path)
+    method.spec = linear_bandit(64).spec.__class__(**{**vars(method.spec), "dataset_ids": ["test/other-v0"]})
+    with pytest.raises(ConfigError, match="other data"):
+        method.take_behaviour(path)
+    other = fit(TD3BC(policy_epochs=1), 2)
+    with pytest.raises(ConfigError, match="has no behaviour model; give a checkpoint of QGPO or AEPO"):
+        method.take_behaviour(saved(other, tmp_path / "td3bc.ckpt"))
+
+
+# ---------------------------------------------------------------- acting
+
+
+Ready = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", params=LEARNERS)
+def ready(request: pytest.FixtureRequest) -> Ready:
+    """Learners of one kind with the same trained networks and other options."""
+    kind = request.param
+    trained = fit(small(kind), 100, linear_bandit()).state_dict()
+
+    def make(**options: Any) -> Any:
+        method = built(kind, **options).eval()
+        method.load_state_dict(trained)
+        return method
+
+    return make
+
+
+def test_without_guidance_it_acts_as_the_behaviour_model_alone(ready: Ready) -> None:
+    unguided, guided = act(ready(guidance_scale=0.0), 20), ready(guidance_scale=3.0)
+    assert not torch.equal(act(guided, 20), unguided)
+    guided.energy_updates.zero_()
+    assert torch.equal(act(guided, 20), unguided), "an energy that has learnt nothing does not guide"
+
+
+def test_a_sweep_acts_as_each_degree_would_alone_and_leaves_no_trace(ready: Ready) -> None:
+    many = ready(guidance_scale=[1.0, 0.0, 4.0], rescale=[True, False], rescale_norm="term")
+    before = act(many, 6)
+    variants = many.variants()
+    assert [(v.value, v.curve) for v in variants[:4]] == [
+        (1.0, "rescaled"), (0.0, "rescaled"), (4.0, "rescaled"), (1.0, "not rescaled"),
+    ]  # fmt: skip
+    actions = []
+    for variant, (scale, rescale) in zip(variants, [(s, r) for r in (True, False) for s in (1.0, 0.0, 4.0)]):
+        with variant.enter():
+            actions.append(act(many, 6))
+        alone = ready(guidance_scale=scale, rescale=rescale, rescale_norm="term")
+        assert torch.equal(actions[-1], act(alone, 6))
+    assert torch.equal(actions[1], actions[4]) and not torch.equal(actions[0], actions[3])
+    assert torch.equal(act(many, 6), before) and torch.equal(before, actions[0])
+
+
+def test_actions_are_in_the_box_each_of_its_episode_and_drawn_without_traces(ready: Ready) -> None:
+    method = ready(guidance_scale=50.0)
+    state = torch.random.get_rng_state()
+    with torch.inference_mode():
+        pair = act(method, 2, seed=3)
+        alone = act(method, 1, seed=4)
+    torch.testing.assert_close(pair[1:], alone)
+    assert float(pair.abs().max()) <= 1
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(p.grad is None for p in method.parameters())
+
+
+def test_there_is_no_guidance_above_the_time_it_shall_begin_at(ready: Ready) -> None:
+    early, late = ready(guidance_scale=20.0, guidance_t_max=2e-3), ready(guidance_scale=20.0)
+    unguided = act(ready(guidance_scale=0.0), 10)
+    torch.testing.assert_close(act(early, 10), unguided)
+    assert float((act(late, 10) - unguided).abs().max()) > 1e-2
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (QGPO, {"guidance_scale": []}, "guidance_scale needs at least one"),
+        (QGPO, {"rescale_norm": "samples"}, "did you mean 'sample'"),
+        (QGPO, {"guidance_t_max": 0.0}, "guidance_t_max"),
+        (QGPO, {"beta": 0.0}, "beta"),
+        (QGPO, {"behaviour_epochs": 0}, "behaviour_epochs is 0.*behaviour_ckpt"),
+        (QGPO, {"critic_epochs": 0}, "critic_epochs is 0"),
+        (QGPO, {"behaviour_epochs": 0, "critic_epochs": 0, "energy_epochs": 0}, "all phases.*0 epochs"),
+        (QGPO, {"objective": "cpe"}, "did you mean 'cep'"),
+        (QGPO, {"critic": {"backup_candidates": 4}}, "draws no actions for its target"),
+        (QGPO, {"sampler": {"grid": "snr"}}, "did you mean 'logsnr'"),
+        (QGPO, {"behaviour": {"width": 30}}, "multiple of 4"),
+        (AEPO, {"behaviour_epochs": 0}, "--model.schedule joint"),
+        (AEPO, {"critic_epochs": 0}, "--model.schedule joint"),
+        (AEPO, {"q_training": "sql"}, "did you mean 'isql'"),
+        (AEPO, {"q_training": "isql"}, "target.baseline"),
+        (AEPO, {"schedule": "joint"}, "'auto' is measured on finished critics"),
+        (AEPO, {"schedule": "joint", "q_training": "cql"}, "stale"),
+        (AEPO, {"posterior": {"kind": 3}}, "posterior.kind must be one of 1, 2"),
+        (AEPO, {"target": {"curvature": "full", "covariance": "jvp"}}, "all directions"),
+        (AEPO, {"target": {"curvature": "hvp", "form": "two_cumulant"}}, "no second derivatives"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(kind: type[Any], options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        small(kind, **options)
+
+
+def test_actions_of_single_observations_have_their_form() -> None:
+    method = built(AEPO)
+    action = method.act(np.zeros(2, dtype=np.float32))
+    assert isinstance(action, np.ndarray) and action.shape == (1,)

@@ -1,0 +1,137 @@
+"""QGPO: what its critics and its energy are given, and where it leads on a bandit with a known policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from energy_learners import MEAN, SLOPE, STD, act, built, fit, linear_bandit, small
+from small_learners import transitions
+
+from lit_diffrl.data import PolicyBatch, TransitionData
+from lit_diffrl.data.episodes import Episodes
+from lit_diffrl.data.sources import SourceInfo
+from lit_diffrl.methods import QGPO, qgpo
+from lit_diffrl.methods.support import States
+
+
+def chain() -> TransitionData:
+    """Two episodes of three steps; the first ends at a time limit, the second terminates."""
+    obs = torch.arange(6.0)[:, None].expand(-1, 2)
+    next_obs = obs + 1
+    ends = torch.tensor([False, False, True] * 2)
+    terminated = ends & (torch.arange(6) == 5)
+    reward = torch.ones(6)
+    episodes = Episodes(obs, torch.zeros(6, 1), reward, terminated, ends & ~terminated, next_obs, torch.tensor([0, 3]))
+    info = SourceInfo(None, None, None, None, None, None, None, [-1.0], [1.0], ["test/chain-v0"])
+    data = TransitionData("test/chain-v0", batch_size=64)
+    data.load(episodes, info)
+    data.prepare_data = lambda: None  # type: ignore[method-assign]
+    return data
+
+
+def test_what_terminates_is_worth_its_reward_and_a_time_limit_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle 19."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    td_loss = qgpo.td_loss
+
+    def watched(q: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append((q, y))
+        return td_loss(q, y)
+
+    class Fixed(QGPO):
+        def next_value(self, next_obs: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+            return 10 * next_obs[:, 0]
+
+        def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
+            self.batch = batch
+            super().training_step(batch, batch_idx)
+
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 1:
+                self.judged = self.batch
+
+    monkeypatch.setattr(qgpo, "td_loss", watched)
+    method = fit(small(Fixed), 1, chain())
+    state = method.judged.obs[:, 0]
+    ((_, y),) = seen
+    expected = torch.where(state == 5, 1.0, 1 + 0.99 * 10 * (state + 1))
+    torch.testing.assert_close(y, expected)
+    assert bool((state == 5).any() and (state == 2).any())
+
+
+def test_the_value_of_a_state_is_the_softmax_of_the_least_target_critic_over_its_support() -> None:
+    method = built(QGPO, support={"beta_q": 2.0})
+    with torch.no_grad():
+        for p in method.critic.parameters():
+            p.add_(1.0)  # the online critics are not asked
+    obs, support = torch.randn(5, 2), torch.rand(5, 8, 1) * 2 - 1
+    rows = obs[:, None].expand(-1, 8, -1).flatten(0, 1)
+    q = method.target_critic.net(rows, support.flatten(0, 1)).amin(0).view(5, 8)
+    weights = (2 * q).exp() / (2 * q).exp().sum(1, keepdim=True)
+    torch.testing.assert_close(method.next_value(obs, support), (weights * q).sum(1))
+
+
+def test_labels_computed_once_are_those_of_every_update() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watched(QGPO):
+        def energy_loss(self, batch: PolicyBatch, rows: torch.Tensor) -> torch.Tensor:
+            if self.phase.name == "energy":
+                assert self.labels is not None and self.support is not None
+                now = self.least_q(batch.obs, self.support[rows], target=True)
+                seen.append((now - self.labels[rows]).abs().max())
+            return super().energy_loss(batch, rows)
+
+    fit(small(Watched))
+    assert len(seen) == 3 and max(map(float, seen)) < 1e-5
+
+
+def prepared(**options: Any) -> tuple[Any, PolicyBatch, torch.Tensor]:
+    """A learner with support actions, and a batch of states of its own."""
+    method = built(QGPO, **options)
+    batch = PolicyBatch(torch.randn(16, 2), torch.rand(16, 1), *torch.zeros(4, 16).unsqueeze(-1).unbind(0))
+    batch = batch._replace(reward=torch.zeros(16), done=torch.zeros(16), discount=torch.ones(16))
+    method.support = 2 * torch.rand(16, 8, 1) - 1
+    method.states = States(batch.obs, torch.arange(16))
+    return method, batch, torch.arange(16)
+
+
+@pytest.mark.parametrize("objective", ["cep", "mse", "emse"])
+def test_an_energy_s_gradient_reaches_the_energy_alone(objective: str) -> None:
+    method, batch, rows = prepared(objective=objective)
+    method.energy_loss(batch, rows).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in method.energy.parameters())
+    others = [p for name in ("behaviour", "critic") for p in getattr(method, name).parameters()]
+    assert all(p.grad is None for p in others)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_labels_know_nothing_of_a_state_s_own_value(normalise: bool) -> None:
+    """The same constant on all values of a state leaves the loss as it is."""
+    method, batch, rows = prepared(self_normalise=normalise)
+    losses = []
+    for constant in (0.0, 30.0):
+        for net in (method.critic, method.target_critic.net):
+            with torch.no_grad():
+                net.head.bias.fill_(constant)
+        method.draws.begin(method.draws.place, torch.device("cpu"))
+        losses.append(float(method.energy_loss(batch, rows)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_single_state_and_a_single_action_entry_keep_their_axes() -> None:
+    data = transitions(torch.zeros(1, 2), torch.zeros(1, 1), torch.ones(1))
+    data.batch_size = 1
+    assert fit(small(QGPO), 1, data).can_act
+
+
+def test_guided_samples_are_those_of_the_exact_policy() -> None:
+    """beta 2 on the linear bandit: N(0.2875, 0.0625) after training all three networks; degree 0 is the data's."""
+    method = fit(small(QGPO, beta=2.0, support={"actions": 32}, sampler={"steps": 15}), 700, linear_bandit(1000))
+    for degree, mean in ((0.0, MEAN), (1.0, MEAN + 2 * SLOPE * STD**2)):
+        with method.acting_as(degree, False):
+            action = act(method, 2000)
+        assert float(action.mean()) == pytest.approx(mean, abs=0.05)
+        assert float(action.std()) == pytest.approx(STD, rel=0.2)
