@@ -1,4 +1,7 @@
-"""How far models of the dynamics can be trusted: their error against the simulator, by horizon (DyDiff, Fig. 3)."""
+"""How far models of the dynamics can be trusted: their error against the simulator, by horizon (DyDiff, Fig. 3).
+
+With the data's own actions (open loop), or with those that a policy chooses in the states it comes to (closed loop).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,19 @@ from torch import Tensor
 
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.rollout.pictures import INK
-from lit_diffrl.rollout.replay import Simulator, replay
+from lit_diffrl.rollout.replay import Replay, Simulator, replay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """``(first states (n, obs), actions (n, H, action)) -> states (n, H, obs)``, all raw float32, the first as given."""
+
+Policy = Callable[[Tensor], Tensor]
+"""``observations (n, obs) -> actions (n, action)``, both raw."""
+
+RollOut = Callable[[Tensor], Mapping[str, Tensor]]
+"""``first states (n, obs) -> states (n, H, obs)`` by name, all raw."""
 
 DATASET, START = "recorded states", "first state"
 HORIZONS = (1, 5, 10, 20, 50, 99)
@@ -68,19 +77,55 @@ def model_errors(
     Raises:
         ConfigError: When no first state is wholly observed.
     """
-    usable = torch.from_numpy(simulator.settable(obs[:, 0].double().cpu().numpy()))
-    if not usable.any():
-        raise ConfigError(
-            f"none of {len(obs)} first states is wholly observed (a velocity of each is at its clip): take more windows"
-        )
+    usable = _usable(simulator, obs[:, 0])
     obs, actions = obs.cpu()[usable], actions.cpu()[usable]
     truth = replay(simulator, obs[:, 0].double().numpy(), actions.double().numpy())
-    predicted = {name: model(obs[:, 0], actions).cpu() for name, model in models.items()}
-    predicted |= {START: obs[:, :1].expand_as(obs), DATASET: obs}
+    predicted = {name: model(obs[:, 0], actions) for name, model in models.items()}
+    return _compare(truth, {**predicted, START: obs[:, :1].expand_as(obs), DATASET: obs}, scale)
+
+
+def closed_loop_errors(
+    simulator: Simulator, first: Tensor, policy: Policy, roll_out: RollOut, scale: Tensor
+) -> ModelErrors:
+    """Compare rollouts of a policy in models with those in the simulator, from the same states.
+
+    What the rounds of DyDiff's correction should reduce.
+
+    Args:
+        simulator: Of the dataset.
+        first: ``(n, obs)`` raw first states.
+        policy: Acts, in the simulator, without noise of its own.
+        roll_out: The same policy's rollouts in models.
+        scale: ``(obs,)`` deviations of the states.
+    """
+    first = first.cpu()[_usable(simulator, first)]
+    rollouts = roll_out(first)
+    states = [simulator.state_of(row) for row in first.double().numpy()]
+    horizon = next(iter(rollouts.values())).shape[1]
+
+    def choose(obs: np.ndarray, t: int) -> np.ndarray:
+        return policy(torch.from_numpy(obs).float()).double().cpu().numpy()
+
+    truth = simulator.run(states, choose, horizon)
+    return _compare(truth, {**rollouts, START: first[:, None].expand(-1, horizon, -1)}, scale)
+
+
+def _usable(simulator: Simulator, first: Tensor) -> Tensor:
+    """Which first states the simulator can be set to; an error when it is none."""
+    usable = torch.from_numpy(simulator.settable(first.double().cpu().numpy()))
+    if not usable.any():
+        raise ConfigError(
+            f"none of {len(first)} first states is wholly observed (a velocity of each is at its clip): take more "
+            "windows"
+        )
+    return usable
+
+
+def _compare(truth: Replay, predicted: Mapping[str, Tensor], scale: Tensor) -> ModelErrors:
     states, deviations = torch.from_numpy(truth.states), scale.double().cpu()
     mean, median = {}, {}
     for name, guess in predicted.items():
-        error = ((guess.double() - states) / deviations).square().mean(-1).numpy()
+        error = ((guess.cpu().double() - states) / deviations).square().mean(-1).numpy()
         counted = np.ma.masked_array(error, ~truth.counts)
         mean[name] = np.ma.filled(counted.mean(axis=0), np.nan)
         median[name] = np.ma.filled(np.ma.median(counted, axis=0), np.nan)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_diffrl.data.pointmaze import env_spec
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.rollout.model_errors import DATASET, START, ModelErrors, errors_figure, model_errors
+from lit_diffrl.rollout.model_errors import DATASET, START, ModelErrors, closed_loop_errors, errors_figure, model_errors
 from lit_diffrl.rollout.pictures import figure_pixels
 from lit_diffrl.rollout.replay import Replay, Simulator, replay
 
@@ -216,3 +216,26 @@ def test_states_after_the_true_end_and_clipped_starts_do_not_count() -> None:
     assert np.isfinite(errors.mean["none"][: last + 1]).all() and np.isnan(errors.mean["none"][last + 1 :]).all()
     assert all(int(name.rpartition("_")[2]) <= last for name in errors.at())
     figure_pixels(errors_figure(errors, "hopper"), dpi=40)
+
+
+def test_a_policys_rollouts_are_compared_with_its_own_in_the_simulator() -> None:
+    """The policy pushes a ball against its velocity: the exact rollout has no error, that of open-loop actions has."""
+    text = env_spec("umaze").to_json()
+    first = torch.tensor([[-1.0, 1.0, 1.0, 0.0], [0.5, 1.0, -2.0, 0.1]])
+
+    def policy(obs: Tensor) -> Tensor:
+        return -obs[:, 2:].tanh()
+
+    with Simulator(spec_of(text, 4, 2, ["observation"])) as simulator:
+        states = [simulator.state_of(row) for row in first.double().numpy()]
+        truth = simulator.run(states, lambda obs, t: policy(torch.from_numpy(obs).float()).numpy(), 15).states
+        free = replay(simulator, first.double().numpy(), np.zeros((2, 15, 2))).states
+        asked: list[Tensor] = []
+
+        def roll_out(start: Tensor) -> dict[str, Tensor]:
+            asked.append(start)
+            return {"exact": torch.from_numpy(truth), "open loop": torch.from_numpy(free)}
+
+        errors = closed_loop_errors(simulator, first, policy, roll_out, torch.ones(4))
+    assert torch.equal(asked[0], first) and list(errors.mean) == ["exact", "open loop", START]
+    assert errors.mean["exact"].max() == 0 < errors.mean["open loop"][1] < errors.mean["open loop"][14]
