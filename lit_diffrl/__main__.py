@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lit_diffrl.errors import ConfigError, DataError
 
 HELP = """\
-usage: python -m lit_diffrl {fit,validate,test} --config FILE [--config FILE ...] [options]
+usage: python -m lit_diffrl {fit,validate,test,export} --config FILE [--config FILE ...] [options]
 
 Trains diffusion models for offline reinforcement learning and measures them in MuJoCo.
 
@@ -17,6 +17,8 @@ commands:
   fit                    train; curves, pictures and checkpoints go to <logs>/<method>/<dataset>/<run>/
   validate               repeat the evaluation made during training, for a checkpoint
   test                   evaluate a checkpoint over more episodes; writes <run>/results/
+  export                 store a checkpoint's synthetic transitions as a Minari dataset: --ckpt_path FILE [--name ID]
+                         [--rows N], the newest N
 
 options (all of them: python -m lit_diffrl fit --help):
   --config FILE          your own file, or one that comes with the package (conf/dmemm.yaml); later files and options
@@ -58,6 +60,10 @@ def main(args: Sequence[str] | None = None) -> int:
         from lit_diffrl.arguments import check_subcommand, find_configs
 
         check_subcommand(args)
+        if args[0] == "export":
+            from lit_diffrl.export import main as export
+
+            return export(args[1:])
         args = find_configs(args)
         from lit_diffrl.cli import run
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_diffrl.errors import ConfigError, nearest
 
-SUBCOMMANDS = ("fit", "validate", "test")
+SUBCOMMANDS = ("fit", "validate", "test", "export")
 NULLS = ("null", "~")
 
 

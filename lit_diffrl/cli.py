@@ -36,6 +36,7 @@ from lit_diffrl.precision import check_precision
 from lit_diffrl.processes import end_others
 from lit_diffrl.rollout.callback import RolloutEvaluation
 from lit_diffrl.rollout.checkpoints import BestCheckpoint, LastCheckpoint
+from lit_diffrl.rollout.model_check import ModelCheck
 from lit_diffrl.run_callbacks import ConfiguredOptimizers, NoProfiler, RunProgressBar, SaveRunConfig
 from lit_diffrl.stopping import StopAfterUpdate
 from lit_diffrl.trainer_options import check_seed, check_trainer_options
@@ -112,6 +113,7 @@ class DiffRLCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the evaluation and the run folder's name."""
         parser.add_lightning_class_args(RolloutEvaluation, "rollout")
+        parser.add_lightning_class_args(ModelCheck, "model_check")
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run; default: the time of day.")
         parser.add_argument("--logs", type=str, default="tb_logs", help="Folder of all runs.")
 

@@ -22,9 +22,16 @@ CONFIGS = sorted((ROOT / "conf").glob("*.yaml"))
 UPDATES = 3
 SMALL = (
     f"--data.updates_per_epoch={UPDATES} --rollout.every_n_epochs=100 --rollout.episodes=1 --rollout.num_envs=1 "
-    "--rollout.max_steps=2 --rollout.pictures=false --trainer.accelerator=cpu --trainer.enable_model_summary=false "
-    "--trainer.log_every_n_steps=1"
+    "--rollout.max_steps=2 --rollout.pictures=false --model_check.starts=0 --trainer.accelerator=cpu "
+    "--trainer.enable_model_summary=false --trainer.log_every_n_steps=1"
 ).split()
+# Groups of options with such fields become as small as this.
+SMALLER = {
+    "denoiser": {"dim": 8, "width": 16, "depth": 2},
+    "edm_sampler": {"steps": 4},
+    "rollouts": {"starts": 4, "chunk": 2},
+    "samples": {"count": 64},
+}
 # On a CPU the Trainer has no float16; torch has, and the same code scales its losses.
 FLOAT16 = """
 trainer:
@@ -60,6 +67,17 @@ def floats(content: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from floats(value, f"{place}/{key}")
 
 
+def smaller(method: type) -> list[str]:
+    """Options that make a method's groups small."""
+    fields = {name: getattr(kind, "__dataclass_fields__", {}) for name, kind in parameters(method).items()}
+    return [
+        f"--model.{group}.{field}={value}"
+        for group, values in SMALLER.items()
+        for field, value in values.items()
+        if field in fields.get(group, {})
+    ]
+
+
 class Config:
     """A config of conf/, with options that make it small.
 
@@ -85,8 +103,11 @@ class Config:
                 self.options.append("--model.sampler.steps=2")
             elif name == "ema":
                 self.options.append("--model.ema.every=1")
+            elif name == "real_ratio":
+                self.options.append("--model.real_ratio=0.5")
             elif name == "posterior":
                 self.options.append("--model.posterior.samples=64")
+        self.options += smaller(self.method)
         self.batch_options = [f"--data.{n}" for n, _ in self._arguments(data) if n.endswith("batch_size")]
         self.options += [f"{name}={batch}" for name in self.batch_options]
 

@@ -19,6 +19,7 @@ import yaml
 from gymnasium.envs.registration import EnvSpec
 from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
+from short_runs import smaller
 
 import lit_diffrl
 from lit_diffrl.__main__ import main
@@ -35,6 +36,7 @@ SMALL = [
     "--rollout.episodes=1",
     "--rollout.num_envs=1",
     "--rollout.max_steps=2",
+    "--model_check.starts=2",
     "--trainer.accelerator=cpu",
     "--trainer.enable_model_summary=false",
 ]
@@ -159,8 +161,9 @@ def shortened(paths: list[str]) -> list[str]:
     options += ["--model.sampler.steps=2"] if "sampler" in accepted else []
     options += ["--model.ema.every=1"] if "ema" in accepted else []
     options += ["--model.posterior.samples=64"] if "posterior" in accepted else []
+    options += smaller(find_class("model", content["model"]["class_path"], Method))
     batches = parameters(find_class("data", content["data"]["class_path"], LightningDataModule))
-    sizes = {"batch_size": 2, "transition_batch_size": 8}
+    sizes = {"batch_size": 2, "window_batch_size": 2, "transition_batch_size": 8}
     return [*SMALL, *options, *(f"--data.{name}={size}" for name, size in sizes.items() if name in batches)]
 
 
@@ -176,7 +179,7 @@ def fit(paths: list[str], *more: str) -> dict[str, Any]:
         assert options["horizon"] == checkpoint["datamodule_hyper_parameters"]["horizon"]
     epochs = sum(options[name] for name in options if name.endswith("_epochs"))
     assert checkpoint["epoch"] + 1 == epochs
-    assert int(state.get("updates", checkpoint["global_step"])) == 2 * epochs
+    assert int(state.get("updates", checkpoint["global_step"])) == 2 * options.get("policy_epochs", epochs)
     assert all(bool(value.isfinite().all()) for key, value in state.items() if "best" not in key)
     assert (last.parents[1] / "config.yaml").exists()
 

@@ -17,7 +17,7 @@ import torch
 from short_runs import CONFIGS, ROOT, UPDATES, Config
 
 from lit_diffrl.__main__ import main
-from lit_diffrl.data import TransitionData, WindowData
+from lit_diffrl.data import TrajectoryData, TransitionData, WindowData
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import DMEMM, Method, guard
 from lit_diffrl.methods.base import Phase
@@ -102,7 +102,7 @@ class Fault:
         self.gradient_at: Place | None = None
         self.batch: Any = None
         self.data: Any = None
-        for kind in (WindowData, TransitionData):
+        for kind in (WindowData, TransitionData, TrajectoryData):
             patch.setattr(kind, "draw", self._draw(kind.draw))  # type: ignore[attr-defined]
         patch.setattr(Method, "manual_backward", self._backward(Method.manual_backward))
 
@@ -132,7 +132,7 @@ class Fault:
         """The batch that a report's indices stand for."""
         steps, *horizon = indices.values()
         rows = torch.tensor(steps)
-        if isinstance(self.data, TransitionData):  # some steps are left out of its table
+        if isinstance(self.data, TransitionData) and not horizon:  # some steps are left out of its table
             rows = torch.searchsorted(self.data.steps, rows)
         return (self.data.windows if horizon else self.data.transitions)(rows, *horizon)
 

@@ -175,6 +175,8 @@ def test_first_losses_are_those_of_float32(
     """Noise and batches are the same. Measured: 6e-7, 3e-3 and 1e-3 of a curve's largest value."""
     monkeypatch.chdir(runs.folder)
     exact, other = losses("32-true"), losses(precision)
+    if "real_ratio" in parameters(runs.config.method):
+        tolerance *= 5  # a half of each batch is made by models that were trained in that precision
     # A delayed policy (TD3+BC) has two points of five.
     assert exact.keys() == other.keys() and all(2 <= len(curve) <= 5 for curve in exact.values())
     for tag, curve in exact.items():

@@ -262,7 +262,7 @@ def _create(dataset_id: str, root: Path, steps: int, seed: int, progress: bool) 
                 infos={},
             )
         )
-    with _minari_root(root), warnings.catch_warnings():
+    with minari_root(root), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for an e-mail address and a permalink
         dataset = minari.create_dataset_from_buffers(
             dataset_id,
@@ -285,7 +285,7 @@ def _create(dataset_id: str, root: Path, steps: int, seed: int, progress: bool) 
 
 
 @contextlib.contextmanager
-def _minari_root(root: Path) -> Iterator[None]:
+def minari_root(root: Path) -> Iterator[None]:
     """Let Minari write below another root: it offers no way to create a dataset elsewhere and move it in."""
     before = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(root)

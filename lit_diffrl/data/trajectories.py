@@ -188,6 +188,18 @@ class TrajectoryData(TransitionData):
         rows = torch.arange(len(self.table), device=self.table.device)
         return rows if kind == "transitions" else rows[self.transitions(rows).done == 0]
 
+    def recorded(self, count: int) -> tuple[Tensor, Tensor]:
+        """Whole windows spread evenly over the data: states ``(n, H, obs)`` and actions ``(n, H, action)``, raw."""
+        whole = self.starts[self.starts + self._horizon() <= self.ends[self.starts]]
+        if len(whole) == 0:
+            raise DataError(
+                f"{self._name()}: no episode has data.horizon {self.horizon} steps to compare with; lower it"
+            )
+        spread = torch.linspace(0, len(whole) - 1, min(count, len(whole))).long().to(whole.device)
+        rows = self.limits.unnormalize(self.windows(whole[spread], self._horizon()).trajectory)
+        obs, action = rows.split([self.spec.obs_dim, self.spec.action_dim], dim=-1)
+        return obs, self.action_normalizer.unnormalize(action)
+
     def held_out_transitions(self) -> PolicyBatch:
         """The transitions held out, for one member."""
         return self.transitions(self.held_out[None])

@@ -29,7 +29,7 @@ from lit_diffrl.methods.edp import EDPCRR, EDPIQL, EDPTD3
 from lit_diffrl.methods.iql import IQL
 from lit_diffrl.methods.options import WorldModelOptions
 from lit_diffrl.methods.synthesis_options import EDMSamplerOptions, RolloutOptions, TrajectoryDenoiserOptions
-from lit_diffrl.methods.synthetic_learner import Synthesis
+from lit_diffrl.methods.synthetic_learner import Predict, Synthesis
 from lit_diffrl.methods.td3bc import TD3BC
 from lit_diffrl.methods.termination import Termination, termination_rule
 from lit_diffrl.methods.world_model_phase import WorldModelPhase
@@ -360,7 +360,8 @@ class DyDiff(Synthesis, WorldModelPhase):
             "outside": rollouts.outside.mean(),
             "disagreement": self.world_model.disagreement(states, actions).mean(),
         }
-        found |= {f"decile_{i}": x for i, x in enumerate(synthesis.kept_by_decile(kept, returns), 1)}
+        if len(returns) >= 10:
+            found |= {f"decile_{i}": x for i, x in enumerate(synthesis.kept_by_decile(kept, returns), 1)}
         logs = {f"synthetic/{name}": float(x) for name, x in found.items()}
         counts = {"synthetic/kept": len(kept) / len(returns), "synthetic/stored": float(len(stored.done))}
         return logs | counts | {"time/rollouts_s": rolled - begun, "time/filter_s": time.perf_counter() - rolled}
@@ -378,11 +379,11 @@ class DyDiff(Synthesis, WorldModelPhase):
     # ---------------------------------------------------------------- diagnosis
 
     @property
-    def predictors(self) -> dict[str, Any]:
-        """The two models, each given the same first states and actions, in raw units."""
-        return {"single-step model": self.predict_by_steps, "trajectory model": self.predict_at_once}
+    def predictors(self) -> dict[str, Predict]:
+        """The single-step model, and the trajectory model if there is one."""
+        found = {"single-step model": self.seeded(self.predict_by_steps)}
+        return found | ({"trajectory model": self.seeded(self.predict_at_once)} if self.rollouts.corrections else {})
 
-    @torch.no_grad()
     def predict_by_steps(self, first: Tensor, actions: Tensor) -> Tensor:
         """States ``(n, H, obs)`` that the single-step model makes of given actions; all in raw units."""
         units = self.action_normalizer.normalize(actions)
@@ -391,7 +392,6 @@ class DyDiff(Synthesis, WorldModelPhase):
             states.append(self.step_model(states[-1], units[:, t]))
         return self.state_limits.unnormalize(torch.stack(states, dim=1))
 
-    @torch.no_grad()
     def predict_at_once(self, first: Tensor, actions: Tensor) -> Tensor:
         """States ``(n, H, obs)`` that the trajectory model makes of given actions; all in raw units."""
         units = self.action_normalizer.normalize(actions)

@@ -28,6 +28,8 @@ from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.synthesis_options import EDMSamplerOptions
 from lit_diffrl.seeding import Place
 
+AFTER_UPDATES = 2**31  # a place in an epoch that no update has
+Predict = Callable[[Tensor, Tensor], Tensor]
 SYNTHETIC = "lit_diffrl_synthetic"  # where a checkpoint holds the synthetic transitions
 
 
@@ -108,26 +110,30 @@ class Synthesis(OfflineLearner):
             return
         mixed, real = self.mix(batch)
         super().training_step(mixed, batch_idx)  # type: ignore[misc]
-        if self.reporting and not bool(real.all()):
+        if self.reporting and real is not None:
             self._compare(mixed, real)
+
+    def diagnose(self, batch: Any) -> dict[str, float]:
+        """The learner's diagnosis, of its own batches."""
+        return super().diagnose(batch) if self.phase.name == "policy" else {}
 
     # ---------------------------------------------------------------- mixed batches
 
-    def mix(self, batch: PolicyBatch) -> tuple[PolicyBatch, Tensor]:
+    def mix(self, batch: PolicyBatch) -> tuple[PolicyBatch, Tensor | None]:
         """Replace the share of a batch that is not real.
 
         Args:
             batch: Real transitions.
 
         Returns:
-            The batch with synthetic rows, and ``(B,)`` which rows are real: all, as long as the buffer holds less than
-            a batch needs.
+            The batch with synthetic rows, and ``(B,)`` bool which rows are real; the batch as it is, and None, as long
+            as the buffer holds less than a batch needs.
         """
         place = self.draws.place
         rows = len(batch.obs) * place.world_size
         count = int(rows * self.real_ratio)
         if count == rows or len(self.buffer) < rows - count:
-            return batch, torch.ones_like(batch.done, dtype=torch.bool)
+            return batch, None
         real = (torch.arange(rows, device=batch.obs.device) < count)[place.share(rows)]
         drawn = self.buffer.transitions(self.draws.randint(0, len(self.buffer), batch.obs), batch.discount)
         mixed = [torch.where(real.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(batch, drawn)]
@@ -155,8 +161,8 @@ class Synthesis(OfflineLearner):
         if epoch < 0 or self.real_ratio == 1 or not self.synthesizes(epoch):
             return
         begun, world = time.perf_counter(), self.trainer.world_size
-        # Noise of its own, beside the updates'; the place after the last that an update may have.
-        place = Place(self.current_epoch, 2**31, self.global_rank, world)
+        # Noise of its own, beside the updates'.
+        place = Place(self.current_epoch, AFTER_UPDATES, self.global_rank, world)
         self.draws.begin(place, self.device)
         self.data.to(self.device)
         training = self.training
@@ -288,10 +294,22 @@ class Synthesis(OfflineLearner):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.buffer.load_state_dict(checkpoint[SYNTHETIC], self.device, self.dtype)  # type: ignore[arg-type]
 
+    # ---------------------------------------------------------------- diagnosis
+
     @property
-    def predictors(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    def predictors(self) -> dict[str, Predict]:
         """Models of trajectories by name, for comparison with the simulator; none where there are none.
 
         ``(first states (n, obs), actions (n, H, action)) -> states (n, H, obs)``, all in raw units.
         """
         return {}
+
+    def seeded(self, predict: Predict) -> Predict:
+        """A prediction whose noise depends on the epoch alone, made on the networks' device and in their precision."""
+
+        @torch.no_grad()
+        def call(first: Tensor, actions: Tensor) -> Tensor:
+            self.draws.begin(Place(self.current_epoch, AFTER_UPDATES + 1), self.device)
+            return predict(self.to_own(first), self.to_own(actions)).float()
+
+        return call

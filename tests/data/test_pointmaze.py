@@ -326,7 +326,7 @@ def test_second_call_keeps_the_data_and_refuses_another_walk(root):
         collect(UMAZE, seed=4, progress=False)
 
 
-@pytest.mark.parametrize("moment", ["_walk", "_mean_return", "_minari_root"])
+@pytest.mark.parametrize("moment", ["_walk", "_mean_return", "minari_root"])
 def test_interrupted_collection_leaves_nothing_and_can_be_repeated(root, monkeypatch, moment):
     def interrupt(*args):
         raise KeyboardInterrupt

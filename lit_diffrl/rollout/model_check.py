@@ -1,0 +1,86 @@
+"""ModelCheck: models of the dynamics that a method has learnt, measured against the simulator."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_diffrl.errors import check_range
+from lit_diffrl.rollout.callback import _checkpoint_name, _rehearsing, _run_folder
+from lit_diffrl.rollout.model_errors import ModelErrors, errors_figure, model_errors
+from lit_diffrl.rollout.pictures import encode_png, figure_pixels
+from lit_diffrl.rollout.replay import Simulator
+from lit_diffrl.rollout.results import unused_name, write_bytes, write_json
+
+log = logging.getLogger(__name__)
+
+
+class ModelCheck(Callback):
+    """Compares predicted states with the simulator's, by horizon, on the data's own actions (DyDiff, Fig. 3).
+
+    ``fit`` does so once, when the models are finished and the policy begins to learn; ``test`` with a checkpoint, and
+    writes the numbers into ``results/``. The picture goes into TensorBoard (``model/errors``) and ``pictures/``.
+
+    Logged: ``model/<name>_<horizon>``, mean squared error of a state's entries in units of their deviations; 2 is that
+    of a state that has nothing to do with the true one. ``first_state`` is the error of predicting that nothing moves;
+    ``recorded_states`` is the simulator's own, below which nothing can be told.
+
+    Args:
+        starts: Windows of the data to compare on, spread evenly over it; 0 compares nothing.
+    """
+
+    def __init__(self, starts: int = 0) -> None:
+        check_range("model_check.starts", starts, 0)
+        self.starts = starts
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Compare before the policy's first update."""
+        method: Any = pl_module
+        first = sum(phase.epochs for phase in getattr(method, "model_phases", []))
+        if batch_idx or trainer.current_epoch != first or not self._wanted(trainer, method):
+            return
+        errors = self._measure(trainer, method)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics({f"model/{name}": value for name, value in errors.at().items()}, step=step)
+        self._draw(trainer, method, errors, f"models-epoch={trainer.current_epoch}", step)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare, and write the numbers."""
+        method: Any = pl_module
+        if not self._wanted(trainer, method):
+            return
+        errors = self._measure(trainer, method)
+        folder = _run_folder(trainer) / "results"
+        name = unused_name(folder, f"{_checkpoint_name(trainer)}-models")
+        values = {
+            "mean": {k: v.tolist() for k, v in errors.mean.items()},
+            "median": {k: v.tolist() for k, v in errors.median.items()},
+            "rows": errors.rows.tolist(),
+        }
+        write_json(folder / f"{name}.json", {"dataset": method.spec.dataset_ids, **values})
+        self._draw(trainer, method, errors, name, 0)
+        log.info("wrote %s", folder / f"{name}.json")
+
+    def _wanted(self, trainer: Trainer, method: Any) -> bool:
+        known = self.starts > 0 and trainer.is_global_zero and not _rehearsing(trainer)
+        return known and bool(getattr(method, "predictors", {}))
+
+    def _measure(self, trainer: Trainer, method: Any) -> ModelErrors:
+        obs, actions = trainer.datamodule.recorded(self.starts)  # type: ignore[attr-defined]
+        with Simulator(method.spec) as simulator:
+            scale = obs.flatten(0, 1).double().std(0).clamp_min(1e-6)
+            return model_errors(simulator, obs.cpu(), actions.cpu(), scale, method.predictors)
+
+    @staticmethod
+    def _draw(trainer: Trainer, method: Any, errors: ModelErrors, name: str, step: int) -> None:
+        title = f"{type(method).__name__} · {'+'.join(method.spec.dataset_ids)}"
+        pixels = figure_pixels(errors_figure(errors, title))
+        if trainer.loggers or trainer.ckpt_path:
+            write_bytes(_run_folder(trainer) / "pictures" / f"{name}.png", encode_png(pixels))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("model/errors", pixels, step, dataformats="HWC")
