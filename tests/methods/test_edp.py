@@ -68,12 +68,14 @@ class Square(nn.Module):
 # ---------------------------------------------------------------- EDP-IQL
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_edp_iql_goes_from_value_to_policy_to_critics_each_seeing_the_one_before(normalize: bool) -> None:
+@pytest.mark.parametrize(("normalize", "objective"), [(False, "mle"), (True, "mle"), (False, "elbo")])
+def test_edp_iql_goes_from_value_to_policy_to_critics_each_seeing_the_one_before(
+    normalize: bool, objective: str
+) -> None:
     """At rates that show, every loss is the formula's at that moment's networks; targets and average move last."""
     method = built(
-        EDPIQL, eta=3.0, lr=0.1, guide_weight=0.5, normalize_weights=normalize, critic={"lr": 0.1},
-        ema={"every": 1, "start": 0},
+        EDPIQL, eta=3.0, lr=0.1, guide_weight=0.5, normalize_weights=normalize, objective=objective,
+        critic={"lr": 0.1}, ema={"every": 1, "start": 0},
     )  # fmt: skip
     data, made, order = batch(), watch_noised(method), list[str]()
     slow = (method.target_critic.net, method.policy_ema.net)
@@ -89,8 +91,10 @@ def test_edp_iql_goes_from_value_to_policy_to_critics_each_seeing_the_one_before
         elif name == "policy":
             f = (3 * advantage).exp().clamp(max=100)
             f = f / f.mean() if normalize else f
-            a_hat = method.policy.approximate(made[-1])
-            expected = made[-1].error.mean() - 0.5 * (f * log_density(data.action, a_hat)).mean()
+            log_prob = log_density(data.action, method.policy.approximate(made[-1]))
+            if objective == "elbo":
+                log_prob = -elbo_weights(Schedule("linear", 25)).float()[made[-1].k - 1] * made[-1].error
+            expected = made[-1].error.mean() - 0.5 * (f * log_prob).mean()
         else:
             y = data.reward + 0.99 * v_next
             q = method.critic(data.obs, data.action)
@@ -204,9 +208,16 @@ def test_weights_that_are_all_0_stay_so_when_scaled() -> None:
 def test_eq_12_is_refused_with_a_cosine_schedule_whose_last_step_has_nearly_all_weight() -> None:
     shares = [float(elbo_weights(Schedule("cosine", k))[-1]) / k for k in (50, 100, 1000)]
     assert min(shares) > 0.9 and shares[1] == pytest.approx(0.98, abs=0.005)
-    with pytest.raises(ConfigError, match="'elbo'.* schedule 'linear' or 'vp'"):
-        EDPCRR(objective="elbo", schedule="cosine")
-    EDPCRR(objective="mle", schedule="cosine")
+    for kind in (EDPCRR, EDPIQL):
+        with pytest.raises(ConfigError, match="'elbo'.* schedule 'linear' or 'vp'"):
+            kind(objective="elbo", schedule="cosine")
+        kind(objective="mle", schedule="cosine")
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_the_value_is_a_network_like_the_critics(layer_norm: bool) -> None:
+    method = built(EDPIQL, critic={"layer_norm": layer_norm})
+    assert any(isinstance(layer, nn.LayerNorm) for layer in method.value.modules()) == layer_norm
 
 
 def test_the_papers_weight_of_eq_12_is_infinite_at_the_first_step() -> None:
