@@ -216,7 +216,8 @@ class PosteriorTable(nn.Module):
             size = min(CHUNK, samples - start)
             rows = torch.randint(len(action), (size,), generator=generator, device=action.device)
             a_0 = action[rows]
-            eps = torch.randn(a_0.shape, generator=generator, device=action.device, dtype=a_0.dtype)
+            # the same numbers in every precision
+            eps = torch.randn(a_0.shape, generator=generator, device=action.device, dtype=torch.float32).to(a_0.dtype)
             a_t = self.sde.q_sample(a_0, t, eps)
             eps_hat = eps_model(a_t, t, obs[rows]).to(a_t.dtype)
             total = total + self._columns(a_t, t, eps_hat, eps, a_0).sum(0, dtype=torch.float64)
