@@ -260,6 +260,12 @@ def test_a_gpu_trains_by_conf_trainer_gpu() -> None:
         ("paper/crr/locomotion", "--model.candidates 1 --model.bound 100"),
         ("paper/iql/adroit", "--model.expectile 0.8 --model.beta 3"),
         ("paper/td3bc/locomotion", "--data.dataset mujoco/hopper/medium-v0"),
+        ("paper/aepo/locomotion", "--model.schedule joint --model.behaviour_epochs 0 --model.critic_epochs 0"),
+        ("paper/aepo/locomotion", "--model.posterior.kind 2 --model.q_training isql --model.rescale false"),
+        ("paper/aepo/locomotion", "--model.q_training cql --model.posterior.clip false --model.posterior.clamp false"),
+        ("aepo", "--model.target.curvature full --model.target.covariance trace --model.target.a_bar posterior_mean"),
+        ("aepo", "--model.target.curvature hvp --model.target.covariance jvp --model.target.grad_at a_bar"),
+        ("qgpo", "--model.self_normalise false --model.support.beta_q 1"),
     ],
 )
 def test_the_alternatives_in_comments_train_too(config: str, more: str) -> None:

@@ -75,10 +75,10 @@ class AEPO(EnergyLearner):
         - Scores are not rescaled (Eq. 45), which would not be exact: ``rescale: true``.
 
     Logged: ``loss/behaviour``, ``loss/value``, ``loss/critic``, ``loss/energy`` (in units of the target's deviation:
-    below 1, and down to the share that the noised action does not tell), ``target/mean`` and ``target/std`` (of the
-    target before it is divided), ``target/variance_term`` (mean of its last term; far above ``target/std`` means that
-    ``beta`` times the rewards' scale is too large for the expansion), ``q/mean``, ``q/value``, ``q/target``,
-    ``q/gradient`` (norm of g), ``grad_norm/...``.
+    below 1, and down to the share that the noised action does not tell), ``target/mean`` and ``target/deviation``
+    (mean absolute one; of the target before it is divided), ``target/variance_term`` (mean of its last term; far above
+    the deviation it means that ``beta`` times the rewards' scale is too large for the expansion), ``q/mean``,
+    ``q/value``, ``q/target``, ``q/gradient`` (norm of g), ``grad_norm/...``.
 
     Args:
         q_training: How critics learn: ``iql``, ``isql`` or ``cql``.
@@ -290,7 +290,8 @@ class AEPO(EnergyLearner):
             self.posterior.track(t, eps_hat, eps, batch.action, partial(self.trainer.strategy.reduce, reduce_op="mean"))
         target = self.energy_target(batch, noised, eps_hat)
         if self.reporting:
-            self.report({"target/mean": target.mean(), "target/std": target.std()})
+            mean = self.mean_of_all(target)
+            self.report({"target/mean": mean, "target/deviation": (target - mean).abs().mean()})
         f, target = self.energy(a_t, t, batch.obs), target / self.target_scale
         error = F.huber_loss(f, target, reduction="none") if o.loss == "huber" else (f - target).square()
         if o.weight == "alpha2":
