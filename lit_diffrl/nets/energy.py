@@ -16,6 +16,7 @@ from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.noise_net import like_rows
 
 PART = 32  # size of the embeddings of time and state in the behaviour network
+BLOCK = 512  # actions that pass the trunk together on a CPU, whose caches hold their activations: half the time
 TOGETHER = 1024  # pairs of time and state up to which the conditions of all fit the cache
 
 
@@ -67,8 +68,8 @@ class Residual(nn.Module):
         """Map ``x (..., in)`` to ``(..., out)`` under a condition that broadcasts to the output."""
         h = self.inner(x)
         h, shortcut = (h, x) if self.same else h.chunk(2, dim=-1)
-        out: Tensor = F.silu(self.outer(F.silu(h) + condition)) + shortcut
-        return out
+        # in place on results of SiLU, whose derivative needs its input alone
+        return F.silu(self.outer(F.silu(h).add_(condition))).add_(shortcut)
 
 
 class BehaviourNet(nn.Module):
@@ -140,7 +141,11 @@ class BehaviourNet(nn.Module):
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             known = _looked_up(table, prepare, t)
-            return self._trunk(x, known[0] if few else self._conditions(known.expand(len(of_obs), -1), of_obs))
+            conditions = known[0] if few else self._conditions(known.expand(len(of_obs), -1), of_obs)
+            block = max(1, BLOCK * x.shape[-1] * len(x) // x.numel())
+            if len(x) <= block or x.device.type != "cpu":
+                return self._trunk(x, conditions)
+            return torch.cat([self._trunk(*rows) for rows in zip(x.split(block), conditions.split(block))])
 
         return predict
 

@@ -89,7 +89,7 @@ def test_time_is_embedded_by_fixed_frequencies_that_are_saved() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("width", "rows"), [(16, ROWS), (512, 80)])
+@pytest.mark.parametrize(("width", "rows"), [(16, ROWS), (512, 80), (64, 300)])  # the last in blocks
 def test_noise_of_shared_times_and_states_is_that_of_each_row(dtype: torch.dtype, width: int, rows: int) -> None:
     x, obs = inputs(dtype, rows)
     net, t = BehaviourNet(STATES, ACTIONS, width).to(dtype), torch.tensor([0.37], dtype=dtype)
