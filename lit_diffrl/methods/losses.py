@@ -131,3 +131,18 @@ def choose_candidates(q: Tensor, temperature: float, uniform: Tensor) -> Tensor:
         return q.argmax(dim=1)
     cumulative = (q.double() / temperature).softmax(dim=1).cumsum(dim=1)
     return torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:]).squeeze(1)
+
+
+def indecision(q: Tensor, temperature: float) -> Tensor:
+    """How evenly :func:`choose_candidates` chooses: entropy over its greatest value, from 0 (the best) to 1 (any).
+
+    Args:
+        q: ``(n, candidates)``, at least two.
+        temperature: 0 takes the best.
+
+    Returns:
+        ``(2,)`` float64: sum over the n states, and n.
+    """
+    weights = (q.double() / temperature).softmax(dim=1) if temperature > 0 else q.new_zeros(q.shape)
+    total = torch.special.entr(weights).sum() / math.log(q.shape[1])
+    return torch.stack([total.double(), total.new_tensor(len(q)).double()])

@@ -12,7 +12,7 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch, TransitionData
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods.base import Method, Phase
-from lit_diffrl.methods.losses import choose_candidates, max_backup
+from lit_diffrl.methods.losses import choose_candidates, indecision, max_backup
 from lit_diffrl.methods.policy_options import CriticOptions, SelectionOptions
 from lit_diffrl.nets.critics import TwinQ
 from lit_diffrl.nets.ema import EMA
@@ -31,6 +31,7 @@ class OfflineLearner(Method):
     target_critic: EMA
     policy_epochs: int
     updates: Tensor
+    _indecision: Tensor | float = 0.0  # sum and number of the choices of an evaluation
 
     @property
     def phases(self) -> list[Phase]:
@@ -161,7 +162,21 @@ class OfflineLearner(Method):
         q = self.least_q(obs, actions, target=options.critic == "target")
         uniform = torch.special.ndtr(self.row_noise(rows, (1,))[:, 0])
         index = choose_candidates(q, options.temperature, uniform)
+        if self._trainer is not None:
+            self._indecision = self._indecision + indecision(q, options.temperature)
         return actions[torch.arange(len(obs), device=obs.device), index]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how undecided the choices among candidates of this evaluation were, if there were any."""
+        choices = torch.zeros(2, dtype=torch.float64, device=self.device) + self._indecision
+        total, count = self.trainer.strategy.reduce(choices, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        self._indecision = 0.0
+        if count > 0:
+            self.log("eval/indecision", total / count, sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        """As after a validation."""
+        self.on_validation_epoch_end()
 
     def choose_action(self, state: Tensor, goal: Tensor | None, rows: list[int]) -> Tensor:
         """Normalise, decide, and map the action back to the environment's units."""

@@ -63,6 +63,9 @@ class ActionSamplerOptions:
 class SelectionOptions:
     """Energy-based selection of an action among candidates at evaluation (EDP, section 4.5; Diffusion-QL's code).
 
+    Logged at evaluation: ``eval/indecision``, the entropy of the choice: 1 where all candidates are as likely (values
+    differ by much less than the temperature, and a choice is none) and 0 where the best is always taken.
+
     Args:
         candidates: Actions drawn for each state; 1 takes the policy's own.
         temperature: Of the softmax over the least of the critics; 0 takes the best.

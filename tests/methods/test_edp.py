@@ -6,10 +6,12 @@ What an update computes is read off the losses it descends, at networks whose ev
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from short_runs import ROOT, Config, curves
 from small_learners import ACTION, OBS, at_each_step, batch, same, transitions, weights
 from torch import Tensor, nn
 
@@ -310,3 +312,21 @@ def test_the_rate_of_the_policy_is_half_in_the_middle_of_a_cosine(monkeypatch: p
 def test_a_sampler_is_given_its_own_options_only(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         EDPTD3(sampler=options)
+
+
+# ---------------------------------------------------------------- what an evaluation says of the choice
+
+
+def test_an_evaluation_logs_how_undecided_the_choice_among_candidates_was(
+    mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    monkeypatch.chdir(tmp_path)
+    config = Config(ROOT / "conf/edp_td3.yaml")
+    for temperature, low, high in ((1e6, 0.999, 1.0), (0.0, 0.0, 0.0)):
+        run = f"t{temperature:g}"
+        config.fit(run, f"--model.selection.temperature={temperature}", "--rollout.every_n_epochs=1")
+        found = curves(run, ("eval/indecision",))["eval/indecision"]
+        assert len(found) == 2 and all(low <= value <= high for _, value in found)
+    config.fit("alone", "--model.selection.candidates=1", "--rollout.every_n_epochs=1")
+    assert curves("alone", ("eval/indecision",)) == {}

@@ -117,3 +117,14 @@ def test_selection_without_preference_is_uniform_and_at_temperature_0_greedy() -
     assert losses.choose_candidates(q, 1.0, torch.tensor([0.999999, 0.999999])).tolist()[1] == 0
     assert int(losses.choose_candidates(torch.zeros(1, 4), 1.0, torch.tensor([1 - 2**-24]))) == 3
     assert math.isfinite(float(q.sum()))
+
+
+def test_indecision_runs_from_the_best_to_chance() -> None:
+    alike, apart = torch.full((3, 8), 5.0), torch.tensor([[0.0, 1e4]])
+    assert losses.indecision(alike, 1.0).tolist() == pytest.approx([3.0, 3.0])
+    assert losses.indecision(apart, 1.0).tolist() == pytest.approx([0.0, 1.0])
+    assert losses.indecision(alike, 0.0).tolist() == [0.0, 3.0]
+    quarter = torch.tensor([[0.0, math.log(3.0)]])
+    assert losses.indecision(2 * quarter, 2.0).tolist() == pytest.approx(
+        [-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2), 1.0]
+    )
