@@ -23,10 +23,7 @@ from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.energy import (
     analytic_energy,
-    curvature_of,
     curved_energy,
-    expansion_point,
-    hessian_of,
     isql_value,
     posterior_spread,
     posterior_variance,
@@ -35,6 +32,7 @@ from lit_diffrl.methods.energy import (
 )
 from lit_diffrl.methods.energy_learner import EnergyLearner, NoisedAction
 from lit_diffrl.methods.energy_options import EnergyOptions, PosteriorOptions, TargetOptions
+from lit_diffrl.methods.expansion import expand
 from lit_diffrl.methods.losses import expectile_loss, td_loss, td_target
 from lit_diffrl.methods.posterior import PosteriorTable
 from lit_diffrl.nets.critics import ValueNet
@@ -148,8 +146,6 @@ class AEPO(EnergyLearner):
             raise ConfigError(
                 f"model.target.form 'two_cumulant' has no second derivatives; got target.curvature {o.curvature!r}"
             )
-        if o.baseline and self.q_training == "isql":
-            raise ConfigError("model.target.baseline is V(s), which q_training 'isql' does not learn; set it false")
 
     # ---------------------------------------------------------------- building
 
@@ -315,7 +311,7 @@ class AEPO(EnergyLearner):
         mu = batch.action
         if self.posterior_options.mean != "sample" and o.form == "aepo":
             mu = self.posterior.mean(a_t, t, eps_hat)
-        q_bar, g, a_bar, second = self.expand(q, batch.action, mu)
+        q_bar, g, a_bar, second = expand(q, batch.action, mu, self.posterior.action_mean, o)
 
         def behaviour(x: Tensor, t: Tensor) -> Tensor:
             return self.behaviour(x, t, batch.obs).to(x.dtype)  # type: ignore[no-any-return]
@@ -328,9 +324,10 @@ class AEPO(EnergyLearner):
             var = posterior_variance(behaviour, a_t, t, self.sde, self.draws.randn_like(a_t).sign()[None], v_bar)
         else:
             var = self.posterior.variance(t)
-        self.report(
-            {"q/gradient": g.norm(dim=-1).mean(), "target/variance_term": (0.5 * beta**2 * var * square).mean()}
-        )
+        if self.reporting:
+            self.report(
+                {"q/gradient": square.sqrt().mean(), "target/variance_term": (0.5 * beta**2 * var * square).mean()}
+            )
 
         if o.form == "two_cumulant":
             energy = two_cumulant_energy(q_bar, g, var, beta)
@@ -340,7 +337,7 @@ class AEPO(EnergyLearner):
             energy = curved_energy(q_bar, g, mu, a_bar, var, second, beta)
         else:
             energy = analytic_energy(q_bar, g, mu, a_bar, var, beta)
-        return energy - beta * self.value(batch.obs) if o.baseline else energy
+        return energy - beta * self.value(batch.obs) if o.baseline and self.uses_value else energy
 
     def q_of(self, obs: Tensor) -> Callable[[Tensor], Tensor]:
         """Q in states ``(B, S)``, as ``(B, A) -> (B,)``, with weights as constants."""
@@ -352,44 +349,3 @@ class AEPO(EnergyLearner):
             return both.amin(dim=0) if o.q_reduce == "min" else both.mean(dim=0)  # type: ignore[no-any-return]
 
         return q
-
-    def expand(
-        self, q: Callable[[Tensor], Tensor], action: Tensor, mu: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Value, gradient and point of the expansion, and the second derivative where it is asked for.
-
-        Args:
-            q: Q in the states of the batch.
-            action: ``(B, A)`` actions of the data.
-            mu: ``(B, A)`` posterior means.
-
-        Returns:
-            ``Q(a_bar) (B,)``, its gradient ``(B, A)``, ``a_bar (B, A)``, and ``(B,)`` along the gradient (``hvp``),
-            ``(B, A, A)`` (``full``) or an empty tensor.
-        """
-        o = self.target_options
-        derive = {"none": gradient_of, "hvp": curvature_of, "full": hessian_of}[o.curvature]
-        points = {"data": action, "posterior_mean": mu, "fixed": self.posterior.action_mean.expand_as(action)}
-        if o.form == "two_cumulant":
-            q_bar, g = gradient_of(q, action)
-            return q_bar, g, action, action.new_empty(0)
-        if o.a_bar != "data_grad_step":
-            a_bar = points[o.a_bar]
-            q_bar, g, *second = derive(q, a_bar)
-        elif o.grad_at == "a0":
-            _, g, *second = derive(q, action)
-            a_bar = expansion_point(action, g, o.eta, normalized=o.eta_normalized)
-            q_bar = q(a_bar)
-        else:
-            a_bar = expansion_point(action, gradient_of(q, action)[1], o.eta, normalized=o.eta_normalized)
-            q_bar, g, *second = derive(q, a_bar)
-        return q_bar, g, a_bar, second[0] if second else action.new_empty(0)
-
-
-def gradient_of(q: Callable[[Tensor], Tensor], action: Tensor) -> tuple[Tensor, Tensor]:
-    """Value ``(B,)`` and gradient ``(B, A)`` of ``q`` at actions ``(B, A)``, as constants."""
-    with torch.enable_grad():
-        action = action.detach().requires_grad_()
-        value = q(action)
-        (grad,) = torch.autograd.grad(value.sum(), action)
-    return value.detach(), grad

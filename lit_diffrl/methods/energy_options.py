@@ -173,7 +173,7 @@ class TargetOptions:
             noisy action by one forward-mode product, ``trace`` its mean over directions by a random one.
         curvature: ``none`` (Eq. 25), ``hvp`` one second derivative along Q's gradient, ``full`` all of them, exact for
             quadratic Q. They are nothing for critics with ``relu``.
-        baseline: Subtract ``beta V(s)``, which leaves the guidance as it is.
+        baseline: Subtract ``beta V(s)``, which leaves the guidance as it is; ``q_training`` isql learns no V.
         scale: What the target is divided by and the guidance multiplied by; ``auto`` measures its deviation when the
             energy's phase begins.
         loss: ``mse``, or ``huber`` of width 1 in units of ``scale``.

@@ -189,7 +189,7 @@ def test_the_value_becomes_the_expectile_of_the_critics() -> None:
 @pytest.mark.parametrize("q_training", ["iql", "isql", "cql"])
 def test_every_way_to_train_critics_learns_the_slope(q_training: str) -> None:
     """And cql holds values of actions outside of the data down."""
-    options = {"q_training": q_training, "target": {"baseline": False}, "cql_weight": 0.5, "energy_epochs": 0}
+    options = {"q_training": q_training, "cql_weight": 0.5, "energy_epochs": 0}
     method = fit(small(AEPO, **options), 200, linear_bandit(1000))
     obs, action = torch.zeros(3, 2), torch.tensor([[-0.15], [0.35], [-1.0]])
     low, high, outside = method.least_q(obs, action).tolist()

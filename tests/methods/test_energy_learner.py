@@ -238,7 +238,6 @@ def test_there_is_no_guidance_above_the_time_it_shall_begin_at(ready: Ready) -> 
         (AEPO, {"behaviour_epochs": 0}, "--model.schedule joint"),
         (AEPO, {"critic_epochs": 0}, "--model.schedule joint"),
         (AEPO, {"q_training": "sql"}, "did you mean 'isql'"),
-        (AEPO, {"q_training": "isql"}, "target.baseline"),
         (AEPO, {"schedule": "joint"}, "'auto' is measured on finished critics"),
         (AEPO, {"schedule": "joint", "q_training": "cql"}, "stale"),
         (AEPO, {"posterior": {"kind": 3}}, "posterior.kind must be one of 1, 2"),
