@@ -97,7 +97,7 @@ class TrajectoryData(TransitionData):
         raw = torch.cat([episodes.obs, self.action_normalizer.normalize(episodes.action)], dim=1)
         self.limits = LimitsNormalizer.fit(raw)
         self.scaled = self.limits.normalize(raw)
-        self.window_steps = steps
+        self.first_steps = steps
         self.still = self.limits.normalize(torch.zeros(raw.shape[1]))[episodes.obs_dim :]
         self.ends = torch.repeat_interleave(episodes.ends, episodes.lengths)
         if self.horizon is None:
@@ -131,18 +131,23 @@ class TrajectoryData(TransitionData):
     def draw(self, phase: Any, place: Place) -> PolicyBatch | TrajectoryBatch:  # type: ignore[override]
         """The batch of an update: windows, transitions for each member, or a learner's transitions."""
         rows = self.rows(phase, place)
-        return self.windows(rows, self._horizon()) if phase.batch == "windows" else self.transitions(rows)
+        return self.windows(rows, self.require_windows()) if phase.batch == "windows" else self.transitions(rows)
 
     def indices(self, phase: Any, place: Place) -> tuple[Tensor] | tuple[Tensor, int]:  # type: ignore[override]
         """Steps of the dataset that this process's batch of an update consists of; of windows their first, and H."""
         rows = self.rows(phase, place).cpu()
         if phase.batch == "windows":
-            return self.window_steps[rows], self._horizon()
+            return self.first_steps[rows], self.require_windows()
         return (self.steps[rows],)
 
-    def _horizon(self) -> int:
+    def require_windows(self) -> int:
+        """Steps H of a window.
+
+        Raises:
+            ConfigError: When there are no windows.
+        """
         if self.horizon is None:
-            raise ConfigError("data.horizon is null, but this method learns from windows; give their length")
+            raise ConfigError("data.horizon is null, but this method learns from windows; give their length in steps")
         return self.horizon
 
     def _draw_block(self, phase: Any, place: Place, generator: torch.Generator) -> list[Tensor]:
@@ -152,6 +157,7 @@ class TrajectoryData(TransitionData):
         n, device = self.blocks.size, self.table.device
         if phase.batch == "windows":
             width = place.world_size * self.window_batch_size
+            self.require_windows()
             drawn = torch.randint(len(self.starts), (n, width), generator=generator)[:, place.share(width)]
             return list(self.starts[drawn.to(device)].unbind())
         width = place.world_size * self.transition_batch_size
@@ -190,13 +196,13 @@ class TrajectoryData(TransitionData):
 
     def recorded(self, count: int) -> tuple[Tensor, Tensor]:
         """Whole windows spread evenly over the data: states ``(n, H, obs)`` and actions ``(n, H, action)``, raw."""
-        whole = self.starts[self.starts + self._horizon() <= self.ends[self.starts]]
+        whole = self.starts[self.starts + self.require_windows() <= self.ends[self.starts]]
         if len(whole) == 0:
             raise DataError(
                 f"{self._name()}: no episode has data.horizon {self.horizon} steps to compare with; lower it"
             )
         spread = torch.linspace(0, len(whole) - 1, min(count, len(whole))).long().to(whole.device)
-        rows = self.limits.unnormalize(self.windows(whole[spread], self._horizon()).trajectory)
+        rows = self.limits.unnormalize(self.windows(whole[spread], self.require_windows()).trajectory)
         obs, action = rows.split([self.spec.obs_dim, self.spec.action_dim], dim=-1)
         return obs, self.action_normalizer.unnormalize(action)
 

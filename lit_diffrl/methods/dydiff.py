@@ -20,7 +20,7 @@ from lit_diffrl.data.normalizers import LimitsNormalizer
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.trajectories import TrajectoryBatch
 from lit_diffrl.diffusion.edm import EDM, Churn
-from lit_diffrl.errors import ConfigError, check_range
+from lit_diffrl.errors import check_range
 from lit_diffrl.methods import synthesis
 from lit_diffrl.methods.base import Phase, as_options
 from lit_diffrl.methods.cql import CQL
@@ -195,6 +195,16 @@ class DyDiff(Synthesis, WorldModelPhase):
         limits, n = self.limits, self.spec.obs_dim
         return LimitsNormalizer(limits.low[n:], limits.high[n:]).normalize(actions)
 
+    def on_fit_start(self) -> None:
+        """Refuse data without windows before any time is spent."""
+        super().on_fit_start()
+        self.data.require_windows()
+
+    @property
+    def drawn_for_all(self) -> tuple[str, int]:
+        """Start states of a refresh."""
+        return "rollouts.starts", self.rollouts.starts
+
     # ---------------------------------------------------------------- training of the models
 
     def model_optimizers(self) -> list[Optimizer]:
@@ -321,9 +331,7 @@ class DyDiff(Synthesis, WorldModelPhase):
     def synthesize(self) -> dict[str, float]:
         """Roll out from real states, keep trajectories of high predicted return, store their transitions."""
         o, data, begun = self.rollouts, self.data, time.perf_counter()
-        rows = data.start_rows(o.start_states)
-        horizon = data.horizon
-        assert horizon is not None
+        rows, horizon = data.start_rows(o.start_states), data.require_windows()
         parts = []
         for chunk in self.chunks(o.starts, o.chunk):
             start = data.transitions(rows[self.draws.randint(0, len(rows), chunk)]).obs.to(chunk.dtype)
@@ -396,12 +404,6 @@ class DyDiff(Synthesis, WorldModelPhase):
         """States ``(n, H, obs)`` that the trajectory model makes of given actions; all in raw units."""
         units = self.action_normalizer.normalize(actions)
         return self.state_limits.unnormalize(self.sample_states(self.state_limits.normalize(first), units))
-
-    def on_fit_start(self) -> None:
-        """Refuse windows that the data module does not have."""
-        super().on_fit_start()
-        if self.data.horizon is None:
-            raise ConfigError("data.horizon is null, but DyDiff learns and makes trajectories; give their length")
 
 
 class DyDiffTD3BC(DyDiff, TD3BC):

@@ -95,6 +95,11 @@ class SynthER(Synthesis):
         """The denoiser's."""
         return [Phase("diffusion", self.epochs["diffusion"], "rows")]
 
+    @property
+    def drawn_for_all(self) -> tuple[str, int]:
+        """All rows."""
+        return "samples.count", self.samples.count
+
     def build(self, spec: DatasetSpec) -> None:
         """The learner's networks, the denoiser and its average, and the scale of rows."""
         super().build(spec)

@@ -81,6 +81,11 @@ class Synthesis(OfflineLearner):
         raise NotImplementedError
 
     @property
+    def drawn_for_all(self) -> tuple[str, int]:
+        """The option that says how many rows all processes draw together, and its value."""
+        raise NotImplementedError
+
+    @property
     def phases(self) -> list[Phase]:
         """The models', then the learner's; with ``models_ckpt`` the models' are over."""
         return [*self.model_phases, *super().phases]
@@ -154,6 +159,15 @@ class Synthesis(OfflineLearner):
 
     # ---------------------------------------------------------------- synthesis
 
+    def on_fit_start(self) -> None:
+        """Refuse rows that the processes could not share evenly; take the models that are lent where the run begins."""
+        super().on_fit_start()
+        (name, count), world = self.drawn_for_all, self.trainer.world_size
+        if count % world:
+            raise ConfigError(f"model.{name} {count} cannot be shared by {world} processes; give a multiple of {world}")
+        if self.models_ckpt is not None and self.trainer.ckpt_path is None:
+            self.load_models(self.models_ckpt)
+
     def on_train_epoch_start(self) -> None:
         """Refresh the synthetic transitions where it is time to; nothing of the policy changes."""
         super().on_train_epoch_start()
@@ -188,19 +202,10 @@ class Synthesis(OfflineLearner):
         return found
 
     def chunks(self, count: int, chunk: int) -> list[Tensor]:
-        """Split rows that are drawn for all processes into parts; of each, one entry for every own row.
-
-        Raises:
-            ConfigError: When the processes cannot share them evenly.
-        """
+        """Split rows that are drawn for all processes into parts; of each, one entry for every own row."""
         world = self.draws.place.world_size
-        if count % world:
-            raise ConfigError(
-                f"{count} synthetic starts cannot be shared by {world} processes; give a multiple of {world}"
-            )
-        own, size = count // world, max(1, chunk // world)
-        whole = torch.empty(own, device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
-        return list(whole.split(size))
+        whole = torch.empty(count // world, device=self.device, dtype=self.dtype)  # type: ignore[arg-type]
+        return list(whole.split(max(1, chunk // world)))
 
     def gathered(self, own: Tensor) -> Tensor:
         """Rows of all processes, in the order in which one process would have drawn them."""
@@ -240,13 +245,11 @@ class Synthesis(OfflineLearner):
         self.buffer = ReplayBuffer(spec.obs_dim, spec.action_dim, capacity)
 
     def setup(self, stage: str) -> None:
-        """Build the networks; take the models from ``models_ckpt`` where this run begins."""
+        """Build the networks, and refuse a data module without what the models learn from."""
         if not isinstance(self.trainer.datamodule, TrajectoryData):  # type: ignore[attr-defined]
             kind = type(self.trainer.datamodule).__name__  # type: ignore[attr-defined]
             raise ConfigError(f"{type(self).__name__} needs --data TrajectoryData, got {kind}")
         super().setup(stage)
-        if stage == "fit" and self.models_ckpt is not None and self.trainer.ckpt_path is None:
-            self.load_models(self.models_ckpt)
 
     def load_models(self, path: str | Path) -> None:
         """Take the models of another run, of whatever learner.

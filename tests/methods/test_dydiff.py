@@ -1,0 +1,386 @@
+"""DyDiff: rollouts in turns with the policy, what is stored of them, mixed batches, models that are used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from short_runs import ROOT, Config
+from torch import Tensor
+
+from lit_diffrl.__main__ import main
+from lit_diffrl.data import PolicyBatch, TrajectoryData
+from lit_diffrl.data.episodes import Episodes
+from lit_diffrl.data.sources import SourceInfo
+from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods import TD3BC, DyDiffCQL, DyDiffDQL, DyDiffTD3BC, Method
+from lit_diffrl.methods.dydiff import DyDiff
+from lit_diffrl.methods.synthetic_learner import SYNTHETIC
+from lit_diffrl.seeding import Place
+
+OBS, ACTION, H = 4, 2, 12
+SMALL: dict[str, Any] = {
+    "denoiser": {"dim": 8, "mults": [1, 2]},
+    "edm_sampler": {"steps": 4},
+    "world_model": {"members": 3, "elites": 2, "hidden": 16, "layers": 2, "reward_hidden": 16},
+    "termination": "never",
+    "policy_epochs": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> TrajectoryData:
+    """A random walk of 200 steps in 5 episodes."""
+    draw = torch.Generator().manual_seed(0)
+    n, length = 200, 40
+    obs = torch.randn(n, OBS, generator=draw)
+    action = 2 * torch.rand(n, ACTION, generator=draw) - 1
+    last = torch.arange(n) % length == length - 1
+    made = TrajectoryData(dataset="test/walk-v0", horizon=H, batch_size=256)
+    starts = torch.arange(0, n, length)
+    info = SourceInfo(None, None, None, None, None, None, None, [-1.0] * 2, [1.0] * 2, ["test/walk-v0"])
+    reward = torch.rand(n, generator=draw)
+    made.load(Episodes(obs, action, reward, ~last & last, last, torch.randn(n, OBS, generator=draw), starts), info)
+    return made
+
+
+def built(data: TrajectoryData, kind: type[Any] = DyDiffTD3BC, **options: Any) -> Any:
+    """With its networks, the limits of the windows, and untrained models."""
+    torch.manual_seed(0)
+    method = kind(**{**SMALL, **options})
+    method.build(data.spec)
+    method.window_low.copy_(data.limits.low)
+    method.window_high.copy_(data.limits.high)
+    method.draws.begin(Place(0, 0), torch.device("cpu"))
+    return method.eval()
+
+
+def states(data: TrajectoryData, n: int = 8) -> Tensor:
+    return data.transitions(torch.arange(n)).obs
+
+
+# ---------------------------------------------------------------- rollouts (oracle 24)
+
+
+@pytest.mark.parametrize("corrections", [0, 1, 3])
+def test_the_trajectory_model_is_asked_once_in_each_round(
+    data: TrajectoryData, corrections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Tensor, Tensor]] = []
+    sample = DyDiff.sample_states
+
+    def counted(self: DyDiff, first: Tensor, actions: Tensor, start: Any = None) -> Tensor:
+        calls.append((first, actions))
+        return sample(self, first, actions, start)
+
+    monkeypatch.setattr(DyDiff, "sample_states", counted)
+    method = built(data, rollouts={"corrections": corrections})
+    with torch.no_grad():
+        made = method.roll_out(states(data), H)
+    assert len(calls) == corrections
+    assert made.states.shape == (8, H, OBS) and made.actions.shape == (8, H, ACTION)
+    for first, _ in calls:
+        torch.testing.assert_close(first, method.to_model(states(data)))
+
+
+def test_without_corrections_a_rollout_is_the_single_step_models(data: TrajectoryData) -> None:
+    method = built(data, rollouts={"corrections": 0})
+    with torch.no_grad():
+        made = method.roll_out(states(data), H)
+        method.draws.begin(Place(0, 0), torch.device("cpu"))
+        x, limits = states(data), method.state_limits
+        for t in range(H):
+            x = method.obs_normalizer.normalize(
+                limits.unnormalize(limits.normalize(method.obs_normalizer.unnormalize(x)))
+            )
+            torch.testing.assert_close(made.states[:, t], x, rtol=1e-4, atol=1e-4)
+            action = method.actor(x)
+            torch.testing.assert_close(made.actions[:, t], action, rtol=1e-4, atol=1e-4)
+            x = method.world_model.step(x, action, method.draws.randint(0, 2, x))
+    assert float(made.gap.max()) == 0
+
+
+@pytest.mark.parametrize("kind", [DyDiffTD3BC, DyDiffCQL])
+def test_emitted_actions_are_the_policys_in_the_emitted_states(data: TrajectoryData, kind: type[Any]) -> None:
+    method = built(data, kind, rollouts={"corrections": 2})
+    with torch.no_grad():
+        made = method.roll_out(states(data), H)
+        action = method.propose(made.states.flatten(0, 1)).view_as(made.actions)
+    torch.testing.assert_close(made.actions, action, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made.states[:, 0], states(data), rtol=1e-4, atol=1e-4)
+    low = method.obs_normalizer.normalize(data.limits.low[:OBS])
+    assert bool((made.states >= low - 1e-4).all()), "states stay within the data's limits"
+    assert float(made.gap.min()) > 0
+
+
+def test_dynamics_consistent_rollouts_hold_the_models_sample_and_its_actions(
+    data: TrajectoryData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Tensor, Tensor]] = []
+    sample = DyDiff.sample_states
+
+    def kept(self: DyDiff, first: Tensor, actions: Tensor, start: Any = None) -> Tensor:
+        calls.append((actions, sample(self, first, actions, start)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(DyDiff, "sample_states", kept)
+    method = built(data, rollouts={"corrections": 2, "emit": "dynamics"})
+    with torch.no_grad():
+        made = method.roll_out(states(data), H)
+    assert torch.equal(made.actions, calls[-1][0])
+    assert torch.equal(made.states, method.to_learner(calls[-1][1]))
+
+
+def test_a_warm_start_begins_at_its_level_with_the_sample_before(
+    data: TrajectoryData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    sample = DyDiff.sample
+
+    def kept(self: DyDiff, *args: Any) -> Tensor:
+        begun.append(args[3])
+        return sample(self, *args)
+
+    monkeypatch.setattr(DyDiff, "sample", kept)
+    method = built(data, rollouts={"corrections": 2, "warm_start": 2})
+    with torch.no_grad():
+        method.roll_out(states(data), H)
+    assert begun[0] is None and begun[1][1] == 2 and begun[1][0].shape == (8, H, OBS + ACTION)
+    with pytest.raises(ConfigError, match="rollouts.warm_start"):
+        built(data, rollouts={"warm_start": 4})
+
+
+def test_a_rollout_changes_nothing_of_the_policy(data: TrajectoryData) -> None:
+    method = built(data, DyDiffDQL, n_diffusion_steps=3).train()
+    before = {name: x.clone() for name, x in method.state_dict().items()}
+    modes = [module.training for module in method.modules()]
+    with torch.no_grad():
+        method.roll_out(states(data), H)
+    assert all(torch.equal(x, before[name]) for name, x in method.state_dict().items())
+    assert [module.training for module in method.modules()] == modes
+    assert all(p.grad is None for p in method.parameters())
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_the_loss_sees_neither_conditions_nor_padding(data: TrajectoryData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle 8; what enters the network is the same at every level."""
+    method = built(data).train()
+    batch = data.windows(torch.arange(4), H)
+    batch.mask[:, 9:] = False
+    seen: dict[str, Tensor] = {}
+
+    def net(x: Tensor, c_noise: Tensor) -> Tensor:
+        seen["x"], seen["out"] = x, torch.zeros_like(x).requires_grad_()
+        return seen["out"]
+
+    method.denoiser.forward = net
+    loss = method.diffusion_loss(batch)
+    (gradient,) = torch.autograd.grad(loss, seen["out"])
+    assert (gradient[:, 0] == 0).all() and (gradient[..., OBS:] == 0).all() and (gradient[:, 9:] == 0).all()
+    assert (gradient[:, 1:9, :OBS] != 0).all()
+    ratio = seen["x"][..., OBS:] / batch.trajectory[..., OBS:]
+    torch.testing.assert_close(ratio, ratio[:, :1, :1].expand_as(ratio), rtol=1e-3, atol=1e-4)
+    everything = built(data, denoiser={**SMALL["denoiser"], "loss": "all"}).train()
+    everything.denoiser.forward = net
+    (gradient,) = torch.autograd.grad(everything.diffusion_loss(batch), seen["out"])
+    assert (gradient[:, 0] != 0).all() and (gradient[:, 9:] == 0).all()
+
+
+def test_the_measured_deviation_takes_the_place_of_sigma_data(data: TrajectoryData) -> None:
+    method = built(data, denoiser={**SMALL["denoiser"], "measure_sigma_data": True})
+    method.window_std.fill_(0.3)
+    assert method.levels.sigma_data == pytest.approx(0.3) and built(data).levels.sigma_data == 0.5
+
+
+# ---------------------------------------------------------------- mixed batches (oracles 14 and 25)
+
+
+class _Trainer:
+    world_size = 1
+
+
+def filled(method: Any, rows: int) -> Any:
+    zero = torch.zeros(rows)
+    method.buffer.insert(torch.full((rows, OBS), 9.0), torch.zeros(rows, ACTION), zero, torch.zeros(rows, OBS), zero, 0)
+    return method
+
+
+def synthetic_rows(batch: PolicyBatch) -> int:
+    return int((batch.obs == 9).all(1).sum())
+
+
+@pytest.mark.parametrize(
+    ("real_ratio", "rows", "expected"),
+    [(0.6, 1000, 103), (0.6, 103, 103), (0.6, 102, 0), (0.6, 0, 0), (1.0, 1000, 0), (0.0, 1000, 256)],
+)
+def test_a_batch_is_mixed_as_soon_as_the_buffer_holds_its_share(
+    data: TrajectoryData, real_ratio: float, rows: int, expected: int
+) -> None:
+    """153 + 103 of 256."""
+    method = filled(built(data, real_ratio=real_ratio), rows) if rows else built(data, real_ratio=real_ratio)
+    batch = data.transitions(torch.arange(200).repeat(2)[:256])
+    mixed, real = method.mix(batch)
+    assert synthetic_rows(mixed) == expected
+    assert (real is None) == (expected == 0)
+    if real is not None:
+        assert int(real.sum()) == 256 - expected
+        for mine, given in zip(mixed, batch):
+            assert torch.equal(mine[real], given[real])
+        assert torch.equal(mixed.discount, batch.discount)
+
+
+def test_processes_mix_what_one_would(data: TrajectoryData) -> None:
+    method, batch = filled(built(data), 300), data.transitions(torch.arange(64))
+    method.buffer.insert(*[x[:200] for x in data.transitions(torch.arange(200))[:5]], epoch=0)
+    whole, _ = method.mix(batch)
+    parts = []
+    for rank in range(2):
+        method.draws.begin(Place(0, 0, rank, 2), torch.device("cpu"))
+        own = slice(32 * rank, 32 * rank + 32)
+        parts.append(method.mix(PolicyBatch(*(x[own] for x in batch)))[0])
+    for x, *own in zip(whole, *parts):
+        assert torch.equal(torch.cat(own), x)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def folder(mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config(name: str = "dydiff_td3bc", epochs: int = 1) -> Config:
+    return Config(ROOT / f"conf/{name}.yaml", epochs)
+
+
+def learner_of(content: dict[str, Any]) -> dict[str, Tensor]:
+    models = DyDiff.models
+    return {k: v for k, v in content["state_dict"].items() if k.partition(".")[0] not in models}
+
+
+def test_with_real_data_alone_the_learner_is_the_plain_one_bit_for_bit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no rollout is run at all (oracle 25)."""
+
+    def refused(self: DyDiff, *args: Any) -> Any:
+        raise AssertionError("a rollout")
+
+    monkeypatch.setattr(DyDiff, "roll_out", refused)
+    seen: dict[str, list[PolicyBatch]] = {}
+    step = TD3BC.training_step
+
+    def watched(self: TD3BC, batch: PolicyBatch, batch_idx: int) -> None:
+        seen.setdefault(type(self).__name__, []).append(batch)
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TD3BC, "training_step", watched)
+    content = config().fit("a", "--model.real_ratio=1")
+    assert len(content[SYNTHETIC]["rows"]) == 0
+    plain = config("td3bc").fit("b")["state_dict"]
+    assert int(learner_of(content)["updates"]) == int(plain["updates"]) == 3
+    assert learner_of(content).keys() == plain.keys()
+
+
+@pytest.mark.parametrize("kept", [2, None])
+def test_refreshes_come_when_they_are_due_and_are_kept_as_long_as_asked(folder: Path, kept: int | None) -> None:
+    more = ["--model.policy_epochs=6", "--model.rollouts.every_n_epochs=2", "--model.rollouts.warmup_epochs=1"]
+    more += [f"--model.rollouts.keep_refreshes={kept}"] if kept else []
+    content = config().fit("a", *more)
+    groups = content[SYNTHETIC]["groups"]
+    assert groups == [[epoch, 2 * 31] for epoch in (1, 3, 5)][-(kept or 3) :], "two of four kept, 31 transitions each"
+    assert len(content[SYNTHETIC]["rows"]) == sum(n for _, n in groups)
+
+
+def test_models_of_one_learner_serve_another(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = config().fit("a")
+    (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    second = config("dydiff_cql").fit("b", "--model.models_ckpt", str(last))
+    assert second["epoch"] + 1 == 1, "the policy's epochs alone"
+    for name, value in first["state_dict"].items():
+        if name.partition(".")[0] in DyDiff.models:
+            assert torch.equal(value, second["state_dict"][name]), name
+    assert len(second[SYNTHETIC]["rows"]) > 0
+
+    config().fit("c", "--trainer.max_epochs=2")
+    (early,) = Path("tb_logs").glob("*/*/c/checkpoints/last.ckpt")
+    config("td3bc").fit("d")
+    (other,) = Path("tb_logs").glob("*/*/d/checkpoints/last.ckpt")
+    for path, more, words in (
+        (early, [], "its models learn until epoch 2"),
+        (other, [], "which has none of"),
+        (last, ["--model.edm.sigma_data=1"], "edm.sigma_data: checkpoint 0.5, now 1.0"),
+        (last, ["--model.denoiser.dim=16"], "networks differ"),
+        (last, ["--data.reward=minmax"], "trained on other data"),
+    ):
+        capsys.readouterr()
+        options = [*config("dydiff_cql").options, "--run", "e", "--model.models_ckpt", str(path), *more]
+        assert main(["fit", *options]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_run_that_was_lent_models_goes_on_without_their_file(folder: Path) -> None:
+    config().fit("a")
+    (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    options = config("dydiff_cql", epochs=2).options
+    assert main(["fit", *options, "--run", "b", "--model.models_ckpt", str(last), "--trainer.max_epochs=1"]) == 0
+    last.unlink()
+    (own,) = Path("tb_logs").glob("*/*/b/checkpoints/last.ckpt")
+    assert main(["fit", "--ckpt_path", str(own), "--trainer.max_epochs=2"]) == 0
+    assert torch.load(own, weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--data TransitionData --data.dataset lit_diffrl/pointmaze/umaze-dense-v0", "needs --data TrajectoryData"),
+        ("--data.horizon null", "data.horizon is null"),
+        ("--model.real_ratio 1.5", "model.real_ratio must be in [0, 1], got 1.5"),
+        ("--model.rollouts.emit dynamics --model.rollouts.corrections 0", "rollouts.emit 'dynamics'"),
+        ("--model.rollouts.filter best", "one of softmax, hardmax, none"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_in_one_line(
+    folder: Path, more: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    options = [o for o in config().options if not (more.startswith("--data Tr") and "window_batch" in o)]
+    assert main(["fit", *options, *more.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wanted", ["softmax", "hardmax", "none"])
+def test_the_filters_keep_what_their_names_say(data: TrajectoryData, wanted: str) -> None:
+    """Oracle 14: 1228 and 1229 of 2048."""
+    method = built(data, rollouts={"filter": wanted})
+    returns = torch.randn(2048, generator=torch.Generator().manual_seed(0))
+    kept = method.keep(returns, torch.zeros(2048, dtype=torch.float64))
+    assert len(kept) == {"softmax": 1228, "hardmax": 1229, "none": 2048}[wanted]
+    if wanted == "hardmax":
+        assert float(returns[kept].min()) >= float(returns.sort().values[819 - 1])
+
+
+def test_predictions_for_the_simulator_begin_with_the_given_state_and_repeat(data: TrajectoryData) -> None:
+    method = built(data)
+    obs, action = data.recorded(3)
+    found: dict[str, Callable[..., Tensor]] = method.predictors
+    assert list(found) == ["single-step model", "trajectory model"]
+    for predict in found.values():
+        predicted = predict(obs[:, 0], action)
+        assert predicted.shape == obs.shape and torch.equal(predicted, predict(obs[:, 0], action))
+        torch.testing.assert_close(predicted[:, 0], obs[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_every_learner_is_known_by_name() -> None:
+    found = {kind.__name__ for kind in DyDiff.__subclasses__()}
+    assert {"DyDiffTD3BC", "DyDiffCQL", "DyDiffDQL", "DyDiffEDPTD3", "DyDiffEDPCRR", "DyDiffEDPIQL"} <= found
+    assert issubclass(DyDiffTD3BC, Method) and DyDiffTD3BC.__mro__[1] is DyDiff

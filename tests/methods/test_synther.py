@@ -1,0 +1,105 @@
+"""SynthER: the denoiser learns rows, draws them in their own units, and the learner sees them alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from short_runs import ROOT, Config
+from torch import Tensor
+
+from lit_diffrl.__main__ import main
+from lit_diffrl.data import PolicyBatch
+from lit_diffrl.methods import TD3BC
+from lit_diffrl.methods.synther import SynthER
+from lit_diffrl.methods.synthetic_learner import SYNTHETIC
+
+
+@pytest.fixture
+def folder(mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config() -> Config:
+    return Config(ROOT / "conf/synther.yaml")
+
+
+def test_rows_are_drawn_once_and_the_learner_sees_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws, batches = [], []
+    synthesize, step = SynthER.synthesize, TD3BC.training_step
+
+    def counted(self: SynthER) -> dict[str, float]:
+        draws.append(self.current_epoch)
+        return synthesize(self)
+
+    def watched(self: TD3BC, batch: PolicyBatch, batch_idx: int) -> None:
+        batches.append(batch)
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SynthER, "synthesize", counted)
+    monkeypatch.setattr(TD3BC, "training_step", watched)
+    content = config().fit("a", "--model.real_ratio=0")
+    assert draws == [2], "before the policy's first epoch"
+    rows = content[SYNTHETIC]["rows"]
+    assert rows.shape == (64, 4 + 2 + 1 + 4 + 1) and bool(rows.isfinite().all())
+    synthetic = {tuple(row) for row in rows[:, :4].tolist()}
+    assert len(batches) == 6
+    assert all(tuple(row) in synthetic for batch in batches for row in batch.obs.tolist())
+    assert set(rows[:, -1].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_actions_stay_in_the_box_where_asked_and_the_rest_in_the_datas_limits(folder: Path) -> None:
+    """An untrained denoiser's draws are far out."""
+    more = ["--model.diffusion_epochs=1", "--model.real_ratio=0"]
+    limits = {}
+    for run, options in {
+        "free": ["--model.samples.clip_actions=false"],
+        "actions": [],
+        "all": ["--model.samples.clip_to_data=true"],
+    }.items():
+        content = config().fit(run, *more, *options)
+        state, rows = content["state_dict"], content[SYNTHETIC]["rows"]
+        inside = (rows >= state["row_low"] - 1e-5) & (rows <= state["row_high"] + 1e-5)
+        limits[run] = (float(rows[:, 4:6].abs().max()), bool(inside[:, :4].all()))
+    assert limits["free"][0] > 1 >= limits["actions"][0] and not limits["actions"][1]
+    assert limits["all"][1]
+
+
+def test_draws_of_a_perfect_denoiser_are_rows_of_the_datas_scale(folder: Path) -> None:
+    """The optimal one for standard normal data is c_skip x alone: F = 0."""
+    config().fit("a", "--data.updates_per_epoch=1")
+    (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    method: Any = SynthER.load_from_checkpoint(last)
+    method.denoiser_ema.net.forward = lambda x, c_noise: torch.zeros_like(x)
+    method.edm_sampler = type(method.edm_sampler)(steps=64)
+    method.churn = type(method.churn)()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        rows = method.draw_rows(4000)
+    scale = torch.where(method.row_std > 1e-3, method.row_std, 1.0)
+    torch.testing.assert_close((rows - method.row_mean).mean(0) / scale, torch.zeros(12), rtol=0, atol=0.06)
+    torch.testing.assert_close(rows.std(0) / scale, method.row_std / scale, rtol=0.05, atol=0.02)
+
+
+def test_the_scale_is_the_rows_own_and_done_keeps_its(folder: Path) -> None:
+    content = config().fit("a", "--data.updates_per_epoch=1", "--trainer.max_epochs=1")
+    state = content["state_dict"]
+    torch.testing.assert_close(state["row_mean"][:4], torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(state["row_std"][:4], torch.ones(4), rtol=0, atol=1e-2)
+    assert float(state["row_mean"][-1]) == 0 and float(state["row_std"][-1]) == 1
+
+
+def test_a_denoiser_is_lent_to_another_learner(folder: Path) -> None:
+    first = config().fit("a")
+    (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    lent = ["--model", "SynthERIQL", "--model.models_ckpt", str(last)]
+    assert main(["fit", *config().options, *lent, "--run", "b"]) == 0
+    (other,) = Path("tb_logs").glob("syntheriql/*/b/checkpoints/last.ckpt")
+    second: dict[str, Any] = torch.load(other, weights_only=True)
+    mine: dict[str, Tensor] = {k: v for k, v in first["state_dict"].items() if k.partition(".")[0] in SynthER.models}
+    assert mine and all(torch.equal(v, second["state_dict"][k]) for k, v in mine.items())

@@ -1,0 +1,45 @@
+"""ModelCheck: models against the simulator, once in a run and whenever a checkpoint is tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from short_runs import ROOT, Config, curves
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_diffrl.__main__ import main
+from lit_diffrl.errors import ConfigError
+from lit_diffrl.rollout.model_check import ModelCheck
+
+
+def test_models_are_compared_once_when_they_are_finished_and_again_by_test(
+    mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    monkeypatch.chdir(tmp_path)
+    Config(ROOT / "conf/dydiff_td3bc.yaml").fit("a", "--model_check.starts=5")
+    found = curves("a", ("model/",))
+    names = ("single-step_model", "trajectory_model", "first_state", "recorded_states")
+    assert {f"model/{name}_{t}" for name in names for t in (1, 5, 10, 20)} == found.keys()
+    assert all([step for step, _ in points] == [12] for points in found.values()), "before the policy's first update"
+    assert all(points[0][1] < 1e-6 for tag, points in found.items() if "recorded" in tag)
+    assert found["model/trajectory_model_20"][0][1] > 1e-3, "which has hardly learnt"
+
+    (run,) = Path("tb_logs").glob("*/*/a")
+    assert (run / "pictures/models-epoch=4.png").stat().st_size > 5_000
+    assert EventAccumulator(str(run)).Reload().Tags()["images"] == ["model/errors"]
+    test = ["test", "--ckpt_path", "last", "--rollout.test_episodes=1", "--rollout.max_steps=2"]
+    assert main([*test, "--model_check.starts=5"]) == 0
+    result = json.loads((run / "results/last-models.json").read_text())
+    assert np.shape(result["mean"]["trajectory model"]) == (32,) and result["rows"] == [5] * 32
+    assert (run / "pictures/last-models.png").exists()
+    assert main([*test, "--model_check.starts=0"]) == 0
+    assert len(list((run / "results").glob("*-models*"))) == 1
+
+
+def test_a_negative_number_of_starts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="model_check.starts"):
+        ModelCheck(-1)
