@@ -36,7 +36,7 @@ SMALL = [
     "--rollout.episodes=1",
     "--rollout.num_envs=1",
     "--rollout.max_steps=2",
-    "--model_check.starts=2",
+    "--model_check.starts=0",
     "--trainer.accelerator=cpu",
     "--trainer.enable_model_summary=false",
 ]

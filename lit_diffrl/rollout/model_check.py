@@ -36,6 +36,13 @@ class ModelCheck(Callback):
         check_range("model_check.starts", starts, 0)
         self.starts = starts
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse data that nothing can be compared on, or an environment that cannot be set to a state, at once."""
+        method: Any = pl_module
+        if self._wanted(trainer, method):
+            trainer.datamodule.recorded(1)  # type: ignore[attr-defined]
+            Simulator(method.spec).close()
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compare before the policy's first update."""
         method: Any = pl_module
