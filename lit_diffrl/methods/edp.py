@@ -134,9 +134,9 @@ class _Weighted(EDP):
 
     Eq. 13 squares the error of a_hat, which is that of the noise times the noise-to-signal ratio (0.3 at k = 100, 17 at
     k = 750 of 1000): its gradient comes from the noisy steps and is many times that of the diffusion loss, which alone
-    teaches the last ones. Signs are a ``loss/diffusion`` that stays above cloning's and a ``clipped`` that grows. With
-    Table 3's weights the authors train for 2 million updates; in a short run use a smaller ``guide_weight``, scaled
-    weights, or Eq. 12.
+    teaches the last ones (Eq. 12 leans the other way, on the first step). Signs are a ``loss/diffusion`` that stays
+    above cloning's and a ``clipped`` that grows. Table 3's ``guide_weight`` of 1 belongs to the authors' 2 million
+    updates; a run of some thousands wants one of about 0.02.
 
     Args:
         objective: What stands for the likelihood: ``mle``, Eq. 13, or ``elbo``, Eq. 12 (not with a cosine schedule).
