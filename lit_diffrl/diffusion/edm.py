@@ -78,19 +78,22 @@ class EDM:
         """Weight of the squared error at a level, lambda: the network's own error then counts alike at all."""
         return self.c_out(sigma).square().reciprocal()
 
-    def denoise(self, net: Network, x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(self, net: Network, x: Tensor, sigma: Tensor, project: Project | None = None) -> Tensor:
         """``D(x; sigma)``.
 
         Args:
             net: The raw network.
             x: Noisy data ``(B, ...)``.
             sigma: Levels ``(B,)``, or ``(1,)`` if all rows have the same.
+            project: Writes conditions into the network's scaled input, so that it sees them at full size. Scaled with
+                the rest, as without, conditions of size 1 are 0.0125 at level 80, and hardly read there.
 
         Returns:
             Clean prediction, like ``x``.
         """
         level = _like_rows(sigma, x)
-        out = net(self.c_in(level) * x, self.c_noise(sigma))
+        scaled = self.c_in(level) * x
+        out = net(scaled if project is None else project(scaled), self.c_noise(sigma))
         return self.c_skip(level) * x + self.c_out(level) * out.to(x.dtype)
 
     # ---------------------------------------------------------------- training

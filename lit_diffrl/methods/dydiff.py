@@ -7,6 +7,7 @@ equations by number, and the authors' code.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -19,9 +20,11 @@ from torch.optim import Adam, AdamW, Optimizer
 from lit_diffrl.data.normalizers import LimitsNormalizer
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.trajectories import TrajectoryBatch
-from lit_diffrl.diffusion.edm import EDM, Churn
+from lit_diffrl.diffusion.edm import EDM, Churn, Network
+from lit_diffrl.diffusion.hooks import Project
 from lit_diffrl.errors import check_range
 from lit_diffrl.methods import synthesis
+from lit_diffrl.methods.agreement import refuse_other_arguments
 from lit_diffrl.methods.base import Phase, as_options
 from lit_diffrl.methods.cql import CQL
 from lit_diffrl.methods.dql import DiffusionQL
@@ -71,9 +74,11 @@ class DyDiff(Synthesis, WorldModelPhase):
     States pass between the learner's scale and that of the windows, which clips them to the data's limits.
 
     Departures from the paper, as its code: ``rollouts.damping`` 0.5 averages old and new states; deterministic policy
-    and model means (diffusion policies draw); a softmax filter on z-scores without replacement. From its code: the loss
-    leaves conditions and padding out; conditions are written in after churn too; a fallen robot's rewards do not
-    count; the ensemble is trained and stopped as this package's world model is; learners are as published.
+    and model means (diffusion policies draw); a softmax filter on z-scores without replacement. From its code: the
+    conditions enter the network as they are, not scaled with the noisy states, which leaves nearly nothing of them at
+    high noise, where they alone tell where the trajectory goes (``denoiser.scale_conditions``); they are written in
+    after churn too; the loss leaves them and padding out; a fallen robot's rewards do not count; the ensemble is
+    trained and stopped as this package's world model is; learners are as published.
 
     Logged, beside the learner's: ``loss/dynamics``, ``loss/reward``, ``val/dynamics_mse`` (as in DMEMM),
     ``loss/diffusion`` (falls quickly below 0.2, then slowly). At each refresh: ``synthetic/return_…`` (mean, std, min,
@@ -250,12 +255,25 @@ class DyDiff(Synthesis, WorldModelPhase):
         y, n = batch.trajectory, self.spec.obs_dim
         sigma = self.levels.draw_sigma(self.draws.randn_like(y[:, 0, 0]))
         noisy = y + sigma[:, None, None] * self.draws.randn_like(y)
-        x = synthesis.condition(noisy, y[:, 0, :n], y[..., n:])
+
+        def project(x: Tensor) -> Tensor:
+            return synthesis.condition(x, y[:, 0, :n], y[..., n:])
+
         counts = batch.mask[..., None].to(y.dtype).expand_as(y)
         if self.denoiser_options.loss == "states":
             counts = counts * synthesis.generated(y, n)
-        prediction = self.levels.denoise(self.denoiser, x, sigma)
+        prediction = self.denoise(self.denoiser, project(noisy), sigma, project)
         return self.levels.loss(prediction, y, sigma, counts) / self.mean_of_all(counts)
+
+    def denoise(self, net: Network, x: Tensor, sigma: Tensor, project: Project) -> Tensor:
+        """Clean prediction; the network reads the conditions that ``project`` writes as they are, or scaled."""
+        return self.levels.denoise(net, x, sigma, None if self.denoiser_options.scale_conditions else project)
+
+    def _refuse_other_levels(self, arguments: Mapping[str, Any]) -> None:
+        super()._refuse_other_levels(arguments)
+        saved = as_options(TrajectoryDenoiserOptions(), arguments.get("denoiser", {})).scale_conditions
+        name, now = "denoiser.scale_conditions", self.denoiser_options.scale_conditions
+        refuse_other_arguments("model", (name,), {name: saved}, {name: now})
 
     # ---------------------------------------------------------------- rollouts, in the model scale
 
@@ -292,7 +310,7 @@ class DyDiff(Synthesis, WorldModelPhase):
             return synthesis.condition(x, first.to(x.dtype), scaled.to(x.dtype))
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.levels.denoise(self.denoiser_ema.net, x, sigma)
+            return self.denoise(self.denoiser_ema.net, x, sigma, project)
 
         noise = self.draws.randn_like(first.new_empty(*actions.shape[:2], n + actions.shape[-1]))
         begin = None if start is None else (torch.cat([start[0], scaled], dim=-1), start[1])

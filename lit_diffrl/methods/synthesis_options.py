@@ -37,6 +37,8 @@ class TrajectoryDenoiserOptions:
         dim: Base width; DyDiff's 128.
         mults: Widths of its levels in units of ``dim``; DyDiff's 1, 4, 8.
         kernel: Odd size of the convolutions.
+        scale_conditions: Scale first state and actions with the noisy entries (DyDiff's code); otherwise the network
+            sees them at full size at every noise level.
         loss: Learn the ``states`` after the first, which are what is sampled, or ``all`` entries (DyDiff's code).
         measure_sigma_data: Take the measured deviation of the windows for ``edm.sigma_data``.
         lr: Learning rate of Adam; for ``ramp`` the one that is reached after 10,000,000 windows.
@@ -49,6 +51,7 @@ class TrajectoryDenoiserOptions:
     dim: int = 64
     mults: tuple[int, ...] = (1, 2, 4)
     kernel: int = 5
+    scale_conditions: bool = False
     loss: Literal["states", "all"] = "states"
     measure_sigma_data: bool = False
     lr: float = 3e-4

@@ -97,6 +97,25 @@ def test_the_denoiser_is_the_network_between_skip_and_scales_and_leaves_clean_da
     assert torch.equal(edm.denoise(net, x, sigma)[2:3], edm.denoise(net, x[2:3], sigma[2:3])), "rows interact"
 
 
+def test_the_network_sees_conditions_at_full_size_where_they_are_written_into_its_input() -> None:
+    torch.manual_seed(0)
+    edm, first, actions = EDM(), torch.randn(2, 3), torch.randn(2, 4, 2)
+    seen: list[Tensor] = []
+
+    def net(x: Tensor, c_noise: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    def project(x: Tensor) -> Tensor:
+        return condition(x, first, actions)
+
+    x, sigma = project(80 * torch.randn(2, 4, 5)), torch.tensor([80.0])
+    plain, written = edm.denoise(net, x, sigma), edm.denoise(net, x, sigma, project)
+    assert torch.equal(plain, written), "more than the network's input has changed"
+    torch.testing.assert_close(seen[0], x / 6400.25**0.5)
+    assert torch.equal(seen[1], project(seen[0])) and not torch.equal(seen[0], seen[1])
+
+
 def test_training_levels_are_log_normal() -> None:
     normal = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     sigma = EDM().draw_sigma(normal)

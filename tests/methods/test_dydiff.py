@@ -191,6 +191,25 @@ def test_the_loss_sees_neither_conditions_nor_padding(data: TrajectoryData, monk
     assert (gradient[:, 0] != 0).all() and (gradient[:, 9:] == 0).all()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_network_reads_conditions_at_full_size_or_as_the_authors_scale_them(
+    data: TrajectoryData, scaled: bool
+) -> None:
+    method = built(data, denoiser={**SMALL["denoiser"], "scale_conditions": scaled}, edm_sampler={"steps": 2})
+    seen: list[Tensor] = []
+    for net in (method.denoiser, method.denoiser_ema.net):
+        net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    action = torch.rand(3, H, ACTION)
+    with torch.no_grad():
+        method.sample_states(torch.rand(3, OBS), action)
+        batch = data.windows(torch.arange(3), H)
+        method.diffusion_loss(batch)
+    full = torch.equal(seen[0][..., OBS:], method.scaled_actions(action))
+    assert full == torch.equal(seen[-1][..., OBS:], batch.trajectory[..., OBS:]) == (not scaled)
+    if scaled:
+        torch.testing.assert_close(seen[0][..., OBS:], method.scaled_actions(action) / 6400.25**0.5)
+
+
 def test_the_measured_deviation_takes_the_place_of_sigma_data(data: TrajectoryData) -> None:
     method = built(data, denoiser={**SMALL["denoiser"], "measure_sigma_data": True})
     method.window_std.fill_(0.3)
