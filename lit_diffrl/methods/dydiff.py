@@ -7,7 +7,7 @@ equations by number, and the authors' code.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -32,12 +32,13 @@ from lit_diffrl.methods.edp import EDPCRR, EDPIQL, EDPTD3
 from lit_diffrl.methods.iql import IQL
 from lit_diffrl.methods.options import WorldModelOptions
 from lit_diffrl.methods.synthesis_options import EDMSamplerOptions, RolloutOptions, TrajectoryDenoiserOptions
-from lit_diffrl.methods.synthetic_learner import Predict, Synthesis
+from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES, Predict, Synthesis
 from lit_diffrl.methods.td3bc import TD3BC
 from lit_diffrl.methods.termination import Termination, termination_rule
 from lit_diffrl.methods.world_model_phase import WorldModelPhase
 from lit_diffrl.nets.ema import EMA, half_life_decay
 from lit_diffrl.nets.unet import TemporalUNet
+from lit_diffrl.seeding import Place
 
 RAMP = 10_000_000  # windows after which the learning rate of lr_decay "ramp" is reached
 SINGLE_STEP = WorldModelOptions(patience=7)
@@ -409,6 +410,38 @@ class DyDiff(Synthesis, WorldModelPhase):
         """The single-step model, and the trajectory model if there is one."""
         found = {"single-step model": self.seeded(self.predict_by_steps)}
         return found | ({"trajectory model": self.seeded(self.predict_at_once)} if self.rollouts.corrections else {})
+
+    def closed_loop(self, horizon: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], dict[str, Tensor]]]:
+        """The policy, and its rollouts in the models, for comparison with the simulator; all in raw units.
+
+        Args:
+            horizon: States H of a rollout.
+
+        Returns:
+            ``obs (n, obs) -> actions (n, action)`` and ``first states (n, obs) -> states (n, H, obs)``, by name: after
+            the single-step model, and after each round of correction.
+        """
+        place = Place(self.current_epoch, AFTER_UPDATES + 2)
+
+        @torch.no_grad()
+        def policy(obs: Tensor) -> Tensor:
+            chosen = self.propose(self.obs_normalizer.normalize(self.to_own(obs)))
+            return self.action_normalizer.unnormalize(chosen).float()
+
+        @torch.no_grad()
+        def roll_out(first: Tensor) -> dict[str, Tensor]:
+            self.draws.begin(place, self.device)
+            x = self.state_limits.normalize(self.to_own(first))
+            x, actions = synthesis.single_step_rollout(x, self.act_in, self.step_model, horizon)
+            found = {"single-step rollout": x}
+            for k in range(1, self.rollouts.corrections + 1):
+                x, actions, _ = synthesis.iterate_correction(
+                    x, actions, self.sample_states, self.act_in, rounds=1, beta=self.rollouts.damping
+                )
+                found[f"correction {k}"] = x
+            return {name: self.state_limits.unnormalize(x).float() for name, x in found.items()}
+
+        return policy, roll_out
 
     def predict_by_steps(self, first: Tensor, actions: Tensor) -> Tensor:
         """States ``(n, H, obs)`` that the single-step model makes of given actions; all in raw units."""
