@@ -14,7 +14,7 @@ from lit_diffrl.nets.activations import ACTIVATIONS
 from lit_diffrl.nets.ensemble import EnsembleLinear, Members
 from lit_diffrl.nets.linear import batched_linear
 from lit_diffrl.nets.mlp import MLP
-from lit_diffrl.nets.relu_blocks import learns_from_many, relu_perceptrons
+from lit_diffrl.nets.relu_blocks import relu_perceptrons, worth_blocks
 
 
 class TwinQ(nn.Module):
@@ -80,7 +80,7 @@ class TwinQ(nn.Module):
         """
         if action.dim() == 3 and members is None and isinstance(self.activation, nn.ReLU) and not self.norms:
             rows = torch.cat([obs.unsqueeze(1).expand(-1, action.shape[1], -1), action], dim=-1).flatten(0, 1)
-            if learns_from_many(rows, self.head.weight):
+            if worth_blocks(rows, self.head.weight):
                 values = relu_perceptrons(rows, [layer.parameters_of() for layer in (*self.layers, self.head)])
                 return values.reshape(len(values), *action.shape[:-1])
         h = self._first(obs, action.reshape(len(obs), -1, action.shape[-1]), members)

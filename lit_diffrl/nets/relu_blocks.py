@@ -1,4 +1,4 @@
-"""Perceptrons with ReLU learning from many rows at once on a CPU: CQL's critics at 31 actions in each of 256 states.
+"""Perceptrons with ReLU on many rows at once on a CPU: CQL's critics at 31 actions in each of 256 states, QGPO's at 16.
 
 The arithmetic is that of one layer after the other; what differs is the order of the work. Rows are taken in blocks
 whose activations stay in the cache, and activations are held transposed, a row's in one column, in which form oneDNN
@@ -20,9 +20,9 @@ BLOCK = 1024  # rows
 WORTH = 4 * BLOCK  # rows from which on it saves more than it costs
 
 
-def learns_from_many(x: Tensor, weight: Tensor) -> bool:
+def worth_blocks(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`relu_perceptrons` applies to rows ``x (R, in)`` and a parameter, and saves time."""
-    return len(x) >= WORTH and fits(x, weight) and learns(weight) and not x.requires_grad
+    return len(x) >= WORTH and fits(x, weight) and not learns(x)
 
 
 def relu_perceptrons(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -36,26 +36,36 @@ def relu_perceptrons(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tens
         ``(M, R)``.
     """
     parameters = [tensor for layer in layers for tensor in layer]
+    if not learns(*parameters):
+        return _values(x, parameters)
     out: Tensor = _Perceptrons.apply(x, *parameters)  # type: ignore[no-untyped-call]
     return out
+
+
+def _values(x: Tensor, parameters: Sequence[Tensor], activations: list[Tensor] | None = None) -> Tensor:
+    """The perceptrons' values; the activations of each block are added to the list."""
+    weights, biases = parameters[::2], parameters[1::2]
+    values = []
+    for m in range(len(weights[0])):
+        transposed = [weight[m].t().contiguous() for weight in weights]
+        for rows in x.split(BLOCK):
+            h = rows.t()
+            for weight, bias in zip(transposed[:-1], biases):
+                h = _product(weight, h.t()).add_(bias[m].t()).relu_()
+                if activations is not None:
+                    activations.append(h)
+            values.append((transposed[-1] @ h)[0] + biases[-1][m, 0])
+    return torch.cat(values).view(len(weights[0]), -1)
 
 
 class _Perceptrons(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        weights, biases = parameters[::2], parameters[1::2]
-        values, activations = [], []
-        for m in range(len(weights[0])):
-            transposed = [weight[m].t().contiguous() for weight in weights]
-            for rows in x.split(BLOCK):
-                h = rows.t()
-                for weight, bias in zip(transposed[:-1], biases):
-                    h = _product(weight, h.t()).add_(bias[m].t()).relu_()
-                    activations.append(h)
-                values.append((transposed[-1] @ h)[0] + biases[-1][m, 0])
-        ctx.save_for_backward(x, *weights, *activations)
-        ctx.layers = len(weights)
-        return torch.cat(values).view(len(weights[0]), -1)
+        activations: list[Tensor] = []
+        values = _values(x, parameters, activations)
+        ctx.save_for_backward(x, *parameters[::2], *activations)
+        ctx.layers = len(parameters) // 2
+        return values
 
     @staticmethod
     @once_differentiable

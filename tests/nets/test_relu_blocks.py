@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_diffrl.nets import relu_blocks
 from lit_diffrl.nets.critics import TwinQ
 from lit_diffrl.nets.linear import ONEDNN
-from lit_diffrl.nets.relu_blocks import WORTH, learns_from_many, relu_perceptrons
+from lit_diffrl.nets.relu_blocks import WORTH, relu_perceptrons, worth_blocks
 
 pytestmark = pytest.mark.skipif(ONEDNN is None, reason="this processor or build keeps to the other product")
 
@@ -57,12 +57,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield seen
 
 
-def test_critics_that_learn_from_many_actions_work_in_blocks(calls: list[int]) -> None:
+def test_critics_of_many_actions_work_in_blocks(calls: list[int]) -> None:
     torch.manual_seed(0)
     critic, n = TwinQ(4, 2, hidden=16, layers=2, activation="relu"), WORTH // 100 + 1
     obs, action = torch.randn(100, 4), torch.randn(100, n, 2)
     values = critic(obs, action)
     assert calls == [100 * n] and values.shape == (2, 100, n)
+    with torch.no_grad():
+        assert torch.equal(critic(obs, action), values) and len(calls) == 2
     each = critic(obs.repeat_interleave(n, 0), action.flatten(0, 1)).view(2, 100, n)
     torch.testing.assert_close(values, each, rtol=1e-5, atol=1e-6)
 
@@ -75,8 +77,6 @@ def test_others_go_layer_by_layer(calls: list[int]) -> None:
     relu(obs, few), mish(obs, many), normed(obs, many), relu(obs, many, members=slice(None))
     relu.double()(obs.double(), many.double())
     relu.float()(obs, many.clone().requires_grad_())
-    with torch.no_grad():
-        relu(obs, many)
     with torch.autocast("cpu", torch.bfloat16):
         relu(obs, many)
     assert calls == []
@@ -85,7 +85,7 @@ def test_others_go_layer_by_layer(calls: list[int]) -> None:
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     critic = TwinQ(1, 1, hidden=8, activation="relu")
     x = torch.randn(4, 2)
-    assert not learns_from_many(x, critic.head.weight), "too few rows"
+    assert not worth_blocks(x, critic.head.weight), "too few rows"
     values = relu_perceptrons(x, layers_of(critic))
     (slope,) = torch.autograd.grad(values.square().sum(), critic.head.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
