@@ -7,10 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from lit_diffrl.errors import check_range
 from lit_diffrl.rollout.callback import _checkpoint_name, _rehearsing, _run_folder
-from lit_diffrl.rollout.model_errors import ModelErrors, errors_figure, model_errors
+from lit_diffrl.rollout.model_errors import ModelErrors, closed_loop_errors, errors_figure, model_errors
 from lit_diffrl.rollout.pictures import encode_png, figure_pixels
 from lit_diffrl.rollout.replay import Simulator
 from lit_diffrl.rollout.results import unused_name, write_bytes, write_json
@@ -23,6 +24,8 @@ class ModelCheck(Callback):
 
     ``fit`` does so once, when the models are finished and the policy begins to learn; ``test`` with a checkpoint, and
     writes the numbers into ``results/``. The picture goes into TensorBoard (``model/errors``) and ``pictures/``.
+    ``test`` also compares the policy's rollouts in the models, after each round of correction, with its own in the
+    simulator: what the rounds are to reduce.
 
     Logged: ``model/<name>_<horizon>``, mean squared error of a state's entries in units of their deviations; 2 is that
     of a state that has nothing to do with the true one. ``first_state`` is the error of predicting that nothing moves;
@@ -60,17 +63,18 @@ class ModelCheck(Callback):
         method: Any = pl_module
         if not self._wanted(trainer, method):
             return
-        errors = self._measure(trainer, method)
         folder = _run_folder(trainer) / "results"
-        name = unused_name(folder, f"{_checkpoint_name(trainer)}-models")
-        values = {
-            "mean": {k: v.tolist() for k, v in errors.mean.items()},
-            "median": {k: v.tolist() for k, v in errors.median.items()},
-            "rows": errors.rows.tolist(),
-        }
-        write_json(folder / f"{name}.json", {"dataset": method.spec.dataset_ids, **values})
-        self._draw(trainer, method, errors, name, 0)
-        log.info("wrote %s", folder / f"{name}.json")
+        found = {"models": self._measure(trainer, method), "rollouts": self._measure_rollouts(trainer, method)}
+        for kind, errors in found.items():
+            name = unused_name(folder, f"{_checkpoint_name(trainer)}-{kind}")
+            values = {
+                "mean": {k: v.tolist() for k, v in errors.mean.items()},
+                "median": {k: v.tolist() for k, v in errors.median.items()},
+                "rows": errors.rows.tolist(),
+            }
+            write_json(folder / f"{name}.json", {"dataset": method.spec.dataset_ids, **values})
+            self._draw(trainer, method, errors, name, 0)
+            log.info("wrote %s", folder / f"{name}.json")
 
     def _wanted(self, trainer: Trainer, method: Any) -> bool:
         known = self.starts > 0 and trainer.is_global_zero and not _rehearsing(trainer)
@@ -79,8 +83,13 @@ class ModelCheck(Callback):
     def _measure(self, trainer: Trainer, method: Any) -> ModelErrors:
         obs, actions = trainer.datamodule.recorded(self.starts)  # type: ignore[attr-defined]
         with Simulator(method.spec) as simulator:
-            scale = obs.flatten(0, 1).double().std(0).clamp_min(1e-6)
-            return model_errors(simulator, obs.cpu(), actions.cpu(), scale, method.predictors)
+            return model_errors(simulator, obs.cpu(), actions.cpu(), _deviations(obs), method.predictors)
+
+    def _measure_rollouts(self, trainer: Trainer, method: Any) -> ModelErrors:
+        obs, _ = trainer.datamodule.recorded(self.starts)  # type: ignore[attr-defined]
+        policy, roll_out = method.closed_loop(obs.shape[1])
+        with Simulator(method.spec) as simulator:
+            return closed_loop_errors(simulator, obs[:, 0].cpu(), policy, roll_out, _deviations(obs))
 
     @staticmethod
     def _draw(trainer: Trainer, method: Any, errors: ModelErrors, name: str, step: int) -> None:
@@ -91,3 +100,7 @@ class ModelCheck(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("model/errors", pixels, step, dataformats="HWC")
+
+
+def _deviations(obs: Tensor) -> Tensor:
+    return obs.flatten(0, 1).double().std(0).clamp_min(1e-6)
