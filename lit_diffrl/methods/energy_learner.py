@@ -7,7 +7,7 @@ Learning"); equations by AEPO's numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.policy_options import CriticOptions
 from lit_diffrl.methods.support import States, chunk_noise, in_chunks, states_of
 from lit_diffrl.nets.energy import BehaviourNet, EnergyNet
+from lit_diffrl.seeding import Place
 
 RELU_CRITIC = CriticOptions(activation="relu")
 
@@ -257,11 +258,11 @@ class EnergyLearner(OfflineLearner):
 
         self.support = self.for_all_states(shape, draw, f"drawing {shape[0]} support actions")
 
-    def for_all_states(self, shape: tuple[int, ...], compute: Any, what: str) -> Tensor:
-        """Compute ``(states, *shape)``, each process a part of it; see :func:`in_chunks`."""
+    def for_all_states(self, shape: tuple[int, ...], compute: Callable[[int, slice], Tensor], what: str) -> Tensor:
+        """Compute ``(states, *shape)``, each process a part of it; arguments as :func:`in_chunks`."""
         assert self.states is not None
-        place = replace(self.draws.place, rank=self.global_rank, world_size=self.trainer.world_size)
-        part = in_chunks(self.states.obs, shape, place, compute, what)
+        share = Place(0, 0, self.global_rank, self.trainer.world_size)
+        part = in_chunks(self.states.obs, shape, share, compute, what)
         whole: Tensor = self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[assignment]
         return whole
 
