@@ -147,7 +147,7 @@ def test_estimates_scatter_as_tabulated(row: tuple[float, ...]) -> None:
 
 def dataset(rows: int = 20_000, size: int = 1) -> tuple[Tensor, Tensor]:
     share = (torch.arange(rows, dtype=F64) + 0.5) / rows
-    action = 0.2 + 0.5 * torch.special.ndtri(share)[torch.randperm(rows)]
+    action = 0.2 + 0.5 * torch.special.ndtri(share)[torch.randperm(rows, generator=torch.Generator().manual_seed(0))]
     return torch.zeros(rows, 1, dtype=F64), action[:, None].expand(-1, size).contiguous()
 
 
@@ -180,7 +180,9 @@ def test_the_fitted_variance_is_bounded_and_does_not_fall(options: dict[str, Any
     assert (found.diff() >= -1e-12).all()
     if factor == 1:
         assert found[0] < 2e-3
-        assert found[-1] == pytest.approx(0.25, abs=0.01 if options.get("estimator") in ("nll", "mixed") else 0.1)
+        # the cancelling estimates know little at t = 1: there they are noise, held between 0 and 0.25
+        cancels = options.get("estimator") in ("raw", "paired")
+        assert found[-1] == pytest.approx(0.25, abs=0.15 if cancels else 0.01)
     if options.get("estimator") == "mixed" and factor == 1:
         torch.testing.assert_close(found, truth(T), rtol=0.05, atol=0.006)
 
