@@ -334,6 +334,26 @@ def test_the_step_of_the_expansion_point_hardly_matters() -> None:
     assert step.flatten().tolist() == pytest.approx([0.06, 0.08, 0.0, 0.0])
 
 
+def test_a_baseline_of_the_state_and_a_scale_leave_the_learned_guidance() -> None:
+    """Energies of three states, fitted by a line with a level for each, as they are and as ``(E - beta V) / c``."""
+    generator = torch.Generator().manual_seed(0)
+    t, beta, c = 0.2, 3.0, 7.0
+    state = torch.randint(3, (60,), generator=generator)
+    x, v = torch.randn(60, 1, generator=generator, dtype=F64), torch.tensor([-5.0, 40.0, 200.0], dtype=F64)[state]
+    mu, var = GAUSSIAN.mean(x, t), GAUSSIAN.variance(x, t)[:, 0]
+    g = torch.full_like(x, 1.5)
+    energy = en.analytic_energy(v + 1.5 * mu[:, 0], g, mu, mu, var, beta)
+
+    def fitted_slope(target: Tensor) -> Tensor:
+        features = torch.cat([x, torch.nn.functional.one_hot(state, 3).to(F64)], dim=1)
+        return torch.linalg.lstsq(features, target[:, None]).solution[0, 0]
+
+    slope = fitted_slope(energy)
+    torch.testing.assert_close(c * fitted_slope((energy - beta * v) / c), slope)
+    exact = derivative(lambda x: GAUSSIAN.energy(x, t, beta, 1.5), x)
+    torch.testing.assert_close(exact, torch.full_like(x, slope.item()))
+
+
 def test_the_two_cumulant_target_becomes_the_mean_value_and_its_spread() -> None:
     t, beta, h = 0.3, 1.5, -1.0
     mu, var = GAUSSIAN.mean(A_T, t), GAUSSIAN.variance(A_T, t)[:, 0]
