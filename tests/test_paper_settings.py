@@ -116,6 +116,13 @@ def test_the_code_of_edp_has_its_own_settings(learner: str) -> None:
         assert data["reward"] == "none"
 
 
+@pytest.mark.parametrize("learner", EDP_REWARDS)
+def test_the_sampler_of_a_file_of_edp_is_exchanged_by_its_name(learner: str) -> None:
+    """The ablation ``--model.sampler.name ddpm`` takes every step: no number of steps of the solver's stays behind."""
+    for path in (*PAPER.glob(f"{learner}/*.yaml"), PAPER.parent / f"{learner}.yaml"):
+        assert set(OmegaConf.load(path)["model"]["init_args"]["sampler"]) == {"name"}
+
+
 @pytest.mark.parametrize(
     ("path", "expected", "data_expected"),
     [

@@ -22,6 +22,7 @@ from lit_diffrl.methods.policy_options import ActionSamplerOptions, CriticOption
 from lit_diffrl.nets.ema import EMA
 
 SCHEDULES = ("vp", "linear", "linear_unscaled", "cosine")
+POLICY_EMA = EMAOptions(every=5, start=1001)
 
 
 class DiffusionLearner(OfflineLearner):
@@ -60,12 +61,10 @@ class DiffusionLearner(OfflineLearner):
         check_range("model.policy_epochs", policy_epochs, 1)
         self.policy_epochs = policy_epochs
         self.lr, self.lr_decay, self.grad_clip = lr, lr_decay, grad_clip
-        self.sampler = as_options(ActionSamplerOptions(), sampler)
-        self.eval_sampler = self.sampler if eval_sampler is None else as_options(ActionSamplerOptions(), eval_sampler)
-        self.selection = as_options(SelectionOptions(), selection)
+        self.sampler, self.selection, self.critic_options = sampler, selection, critic
+        self.eval_sampler = sampler if eval_sampler is None else as_options(ActionSamplerOptions(), eval_sampler)
         self.net_options = as_options(NoiseNetOptions(), net)
-        self.critic_options = as_options(CriticOptions(), critic)
-        self.ema_options = as_options(EMAOptions(), ema)
+        self.ema_options = as_options(POLICY_EMA, ema)
         for name, options in (("sampler", self.sampler), ("eval_sampler", self.eval_sampler)):
             if options.name != "dpm" and options.calls(n_diffusion_steps) > n_diffusion_steps:
                 raise ConfigError(

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.errors import check_range
-from lit_diffrl.methods.diffusion_learner import DiffusionLearner
+from lit_diffrl.methods.base import as_options
+from lit_diffrl.methods.diffusion_learner import POLICY_EMA, DiffusionLearner
 from lit_diffrl.methods.losses import normalized_q_loss, td_loss
 from lit_diffrl.methods.options import EMAOptions
 from lit_diffrl.methods.policy_options import ActionSamplerOptions, CriticOptions, NoiseNetOptions, SelectionOptions
+
+DDPM = ActionSamplerOptions()
+TARGET_OF_50 = SelectionOptions(candidates=50, critic="target")
 
 
 class DiffusionQL(DiffusionLearner):
@@ -64,12 +68,12 @@ class DiffusionQL(DiffusionLearner):
         eta: float = 1.0,
         n_diffusion_steps: int = 5,
         schedule: Literal["vp", "linear", "linear_unscaled", "cosine"] = "vp",
-        sampler: ActionSamplerOptions = ActionSamplerOptions(),
+        sampler: ActionSamplerOptions = DDPM,
         eval_sampler: ActionSamplerOptions | None = None,
-        selection: SelectionOptions = SelectionOptions(candidates=50, critic="target"),
+        selection: SelectionOptions = TARGET_OF_50,
         net: NoiseNetOptions = NoiseNetOptions(),
         critic: CriticOptions = CriticOptions(),
-        ema: EMAOptions = EMAOptions(every=5, start=1001),
+        ema: EMAOptions = POLICY_EMA,
         lr: float = 3e-4,
         lr_decay: Literal["none", "cosine"] = "none",
         grad_clip: float | None = None,
@@ -79,8 +83,8 @@ class DiffusionQL(DiffusionLearner):
         self.save_hyperparameters(logger=False)
         self.eta = eta
         self._keep(
-            policy_epochs, n_diffusion_steps, schedule, sampler, eval_sampler, selection, net, critic, ema, lr,
-            lr_decay, grad_clip,
+            policy_epochs, n_diffusion_steps, schedule, as_options(DDPM, sampler), eval_sampler,
+            as_options(TARGET_OF_50, selection), net, as_options(CriticOptions(), critic), ema, lr, lr_decay, grad_clip,
         )  # fmt: skip
 
     def policy_loss(self, batch: PolicyBatch) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from torch.optim import Adam, Optimizer
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.errors import ConfigError, check_choice, check_range
-from lit_diffrl.methods.diffusion_learner import DiffusionLearner
+from lit_diffrl.methods.base import as_options
+from lit_diffrl.methods.diffusion_learner import POLICY_EMA, DiffusionLearner
 from lit_diffrl.methods.diffusion_policy import Noised
 from lit_diffrl.methods.losses import (
     crr_weights,
@@ -32,7 +33,7 @@ from lit_diffrl.methods.options import EMAOptions
 from lit_diffrl.methods.policy_options import ActionSamplerOptions, CriticOptions, NoiseNetOptions, SelectionOptions
 from lit_diffrl.nets.critics import ValueNet
 
-DPM = ActionSamplerOptions(name="dpm", steps=15)
+DPM = ActionSamplerOptions(name="dpm")
 EDP_CRITIC = CriticOptions(grad_clip=5.0, clip_each=True)
 
 
@@ -68,7 +69,7 @@ class EDP(DiffusionLearner):
         selection: SelectionOptions = SelectionOptions(),
         net: NoiseNetOptions = NoiseNetOptions(),
         critic: CriticOptions = EDP_CRITIC,
-        ema: EMAOptions = EMAOptions(every=5, start=1001),
+        ema: EMAOptions = POLICY_EMA,
         lr: float = 3e-4,
         lr_decay: Literal["none", "cosine"] = "none",
         grad_clip: float | None = 5.0,
@@ -78,8 +79,9 @@ class EDP(DiffusionLearner):
         self.save_hyperparameters(logger=False)
         self.guide_weight, self.action_approximation = guide_weight, action_approximation
         self._keep(
-            policy_epochs, n_diffusion_steps, schedule, sampler, eval_sampler, selection, net, critic, ema, lr,
-            lr_decay, grad_clip,
+            policy_epochs, n_diffusion_steps, schedule, as_options(DPM, sampler), eval_sampler,
+            as_options(SelectionOptions(), selection), net, as_options(EDP_CRITIC, critic), ema, lr, lr_decay,
+            grad_clip,
         )  # fmt: skip
 
     def improved_action(self, noised: Noised, obs: Tensor) -> Tensor:

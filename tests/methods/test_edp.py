@@ -314,6 +314,19 @@ def test_a_sampler_is_given_its_own_options_only(options: dict[str, Any], words:
         EDPTD3(sampler=options)
 
 
+def test_what_a_partial_group_leaves_out_is_the_learners_own_default() -> None:
+    edp = EDPTD3(sampler={"steps": 10}, critic={"lr": 1e-3}, ema={"decay": 0.9}, selection={"temperature": 2.0})
+    assert (edp.sampler.name, edp.sampler.steps, edp.eval_sampler) == ("dpm", 10, edp.sampler)
+    assert (edp.critic_options.lr, edp.critic_options.grad_clip, edp.critic_options.clip_each) == (1e-3, 5.0, True)
+    assert (edp.ema_options.decay, edp.ema_options.every, edp.ema_options.start) == (0.9, 5, 1001)
+    assert EDPTD3().sampler.calls(1000) == 15
+    ablation = EDPTD3(sampler={"name": "ddpm"}).sampler
+    assert ablation.calls(1000) == 1000, "without the solver every step is taken (Fig. 2)"
+    dql = DiffusionQL(selection={"temperature": 2.0}, ema={"decay": 0.9})
+    assert (dql.selection.candidates, dql.selection.critic, dql.sampler.name) == (50, "target", "ddpm")
+    assert (dql.ema_options.every, dql.ema_options.start) == (5, 1001)
+
+
 # ---------------------------------------------------------------- what an evaluation says of the choice
 
 
