@@ -188,6 +188,7 @@ class WorldModelOptions:
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         patience: Epochs without a better held-out loss after which a member stops.
+        improvement: Relative decrease of the held-out loss that counts as better; 0 for any.
     """
 
     members: int = 7
@@ -202,8 +203,10 @@ class WorldModelOptions:
     lr: float = 1e-3
     weight_decay: float = 1e-4
     patience: int = 5
+    improvement: float = 0.01
 
     def __post_init__(self) -> None:
+        check_range("world_model.improvement", self.improvement, 0, 1, high_open=True)
         check_range("world_model.members", self.members, 1)
         check_range("world_model.elites", self.elites, 1, self.members)
         for name in ("hidden", "layers", "reward_hidden", "reward_layers", "reward_members", "patience"):

@@ -51,6 +51,7 @@ class WorldModelPhase(Method):
             reward_pessimism=o.reward_pessimism,
             variance_floor=o.variance_floor,
             patience=o.patience,
+            improvement=o.improvement,
             reward_low=spec.reward_min / self.reward_scale,
             reward_high=spec.reward_max / self.reward_scale,
         )
