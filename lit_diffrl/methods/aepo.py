@@ -125,7 +125,7 @@ class AEPO(EnergyLearner):
                 )
             if not self.epochs["critic"]:
                 raise ConfigError(
-                    "model.critic_epochs is 0, but the energy learns from the critics; give some epochs, or "
+                    "model.critic_epochs is 0, but the energy needs critics to learn from; give some epochs, or "
                     "--model.schedule joint"
                 )
         if joint and self.q_training != "iql":

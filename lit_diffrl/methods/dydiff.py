@@ -22,7 +22,7 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.trajectories import TrajectoryBatch
 from lit_diffrl.diffusion.edm import EDM, Churn, Network
 from lit_diffrl.diffusion.hooks import Project
-from lit_diffrl.errors import check_range
+from lit_diffrl.errors import check_choice, check_range
 from lit_diffrl.methods import synthesis
 from lit_diffrl.methods.agreement import refuse_other_arguments
 from lit_diffrl.methods.base import Phase, as_options
@@ -34,7 +34,7 @@ from lit_diffrl.methods.options import WorldModelOptions
 from lit_diffrl.methods.synthesis_options import EDMSamplerOptions, RolloutOptions, TrajectoryDenoiserOptions
 from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES, Predict, Synthesis
 from lit_diffrl.methods.td3bc import TD3BC
-from lit_diffrl.methods.termination import Termination, termination_rule
+from lit_diffrl.methods.termination import TERMINATIONS, Termination, termination_rule
 from lit_diffrl.methods.world_model_phase import WorldModelPhase
 from lit_diffrl.nets.ema import EMA, half_life_decay
 from lit_diffrl.nets.unet import TemporalUNet
@@ -131,6 +131,7 @@ class DyDiff(Synthesis, WorldModelPhase):
         self._keep_synthesis(real_ratio, models_ckpt)
         self.rollouts = as_options(RolloutOptions(), rollouts)
         check_range("model.world_model_epochs", world_model_epochs, 1)
+        check_choice("model.termination", termination, TERMINATIONS)
         check_range("model.diffusion_epochs", diffusion_epochs, 1 if self.rollouts.corrections else 0)
         if self.rollouts.warm_start is not None:
             check_range("rollouts.warm_start", self.rollouts.warm_start, 1, self.edm_sampler.steps - 1)

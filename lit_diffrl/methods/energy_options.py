@@ -208,5 +208,7 @@ class TargetOptions:
         for name, accepted in choices.items():
             check_choice(f"target.{name}", getattr(self, name), accepted)
         check_range("target.eta", self.eta, 0, high_open=True)
-        if self.scale != "auto":
-            check_range("target.scale", float(self.scale), 0, low_open=True, high_open=True)
+        if isinstance(self.scale, str):
+            check_choice("target.scale", self.scale, ("auto",))
+        else:
+            check_range("target.scale", self.scale, 0, low_open=True, high_open=True)

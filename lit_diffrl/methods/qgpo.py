@@ -67,11 +67,11 @@ class QGPO(EnergyLearner):
         later = self.epochs["critic"] + self.epochs["energy"]
         if later and not (self.epochs["behaviour"] or self.behaviour_ckpt):
             raise ConfigError(
-                "model.behaviour_epochs is 0, but critics and energy need a behaviour model; give some epochs, or "
+                "model.behaviour_epochs is 0, but what follows needs a behaviour model; give some epochs, or "
                 "--model.behaviour_ckpt FILE"
             )
         if self.epochs["energy"] and not self.epochs["critic"]:
-            raise ConfigError("model.critic_epochs is 0, but the energy learns from the critics; give some epochs")
+            raise ConfigError("model.critic_epochs is 0, but the energy needs critics to learn from; give some epochs")
         self.labels: Tensor | None = None
 
     def prepare(self, phase: str) -> None:

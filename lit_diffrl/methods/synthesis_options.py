@@ -63,6 +63,9 @@ class TrajectoryDenoiserOptions:
     def __post_init__(self) -> None:
         check_range("denoiser.dim", self.dim, 8)
         check_each("denoiser.mults", self.mults, 1)
+        check_range("denoiser.kernel", self.kernel, 1)
+        if self.kernel % 2 == 0:
+            raise ConfigError(f"denoiser.kernel must be odd, got {self.kernel}; use {self.kernel + 1}")
         check_choice("denoiser.loss", self.loss, ("states", "all"))
         check_range("denoiser.lr", self.lr, 0, low_open=True, high_open=True)
         check_choice("denoiser.lr_decay", self.lr_decay, ("none", "cosine", "ramp"))
@@ -95,6 +98,9 @@ class TransitionDenoiserOptions:
     grad_clip: float | None = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("width", "depth", "embed", "ema_every"):
+            check_range(f"denoiser.{name}", getattr(self, name), 1)
+        check_range("denoiser.ema_decay", self.ema_decay, 0, 1, high_open=True)
         check_range("denoiser.lr", self.lr, 0, low_open=True, high_open=True)
         if self.grad_clip is not None:
             check_range("denoiser.grad_clip", self.grad_clip, 0, low_open=True, high_open=True)
@@ -163,7 +169,7 @@ class RolloutOptions:
         check_range("rollouts.damping", self.damping, 0, 1, low_open=True)
         check_range("rollouts.keep", self.keep, 0, 1, low_open=True)
         check_range("rollouts.temperature", self.temperature, 0, low_open=True, high_open=True)
-        check_range("rollouts.floor", self.floor, 0, 1)
+        check_range("rollouts.floor", self.floor, 0, 1, high_open=True)
         for name in ("length", "warm_start", "keep_refreshes"):
             if getattr(self, name) is not None:
                 check_range(f"rollouts.{name}", getattr(self, name), 1)

@@ -71,6 +71,7 @@ RULES = {
         Termination("never"),
     )
 }
+TERMINATIONS = ("auto", *RULES)
 ENDLESS = ("halfcheetah", "swimmer", "pointmaze", "maze2d")
 LIMITS = {"healthy_z_range": "height", "healthy_angle_range": "angle", "healthy_state_range": "entries"}
 
@@ -85,7 +86,7 @@ def termination_rule(name: str, env_spec: str | None) -> Termination:
     Raises:
         ConfigError: For another name, or where ``auto`` does not know the environment.
     """
-    check_choice("termination", name, ("auto", *RULES))
+    check_choice("model.termination", name, TERMINATIONS)
     if name != "auto":
         return RULES[name]
     if env_spec is None:
