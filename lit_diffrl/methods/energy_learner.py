@@ -24,8 +24,9 @@ from lit_diffrl.diffusion.dpm_vp import sample_dpm_vp, times
 from lit_diffrl.diffusion.energy_guidance import guide
 from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE
 from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
+from lit_diffrl.methods.agent import Variant
 from lit_diffrl.methods.agreement import refuse_other_data, refuse_other_shapes
-from lit_diffrl.methods.base import CHECKPOINT_KEY, Phase, Variant, as_options
+from lit_diffrl.methods.base import CHECKPOINT_KEY, Phase, as_options
 from lit_diffrl.methods.energy_options import BehaviourOptions, EnergyOptions, SolverOptions, SupportOptions
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.methods.offline_learner import OfflineLearner
