@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import sys
 import threading
@@ -19,21 +18,27 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffrl.data
 import lit_diffrl.methods  # noqa: F401  their classes are known by short names once imported
 from lit_diffrl import runs
-from lit_diffrl.arguments import last_option, nest_nulls, options, read_config
+from lit_diffrl.arguments import nest_nulls
 from lit_diffrl.checkpoint_io import AtomicCheckpointIO
+from lit_diffrl.continuing import (
+    agreed_checkpoint,
+    check_method,
+    refuse_other_seed,
+    refuse_shorter_epochs,
+    with_own_config,
+)
 from lit_diffrl.errors import ConfigError, DataError, causes
 from lit_diffrl.memory import keep_freed_memory
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Method
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.precision import check_precision
-from lit_diffrl.processes import end_others
+from lit_diffrl.processes import end_others, first_process, say
 from lit_diffrl.rollout.callback import RolloutEvaluation
 from lit_diffrl.rollout.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_diffrl.rollout.model_check import ModelCheck
@@ -55,7 +60,6 @@ EXPECTED_WARNINGS = (
     "LeafSpec",
     "`broadcast_buffers` is deprecated",
 )
-AGREED = "LIT_DIFFRL_CHECKPOINT"  # what `--ckpt_path last` means to all processes of a run
 BASES: dict[str, type] = {"model": Method, "data": LightningDataModule}
 TRAINER_CLASSES: dict[str, type] = {"trainer.callbacks": Callback, "trainer.logger": Logger}
 
@@ -278,87 +282,6 @@ class DiffRLCLI(LightningCLI):
             say(f"  python -m lit_diffrl fit --ckpt_path {last}")
         else:
             say("\nstopped" + (" before the first checkpoint" if self.subcommand == "fit" else ""))
-
-
-def first_process() -> bool:
-    """Whether this is the only process of the run, or the one that speaks for all."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-@rank_zero_only
-def say(line: str, *, error: bool = False) -> None:
-    """Print on the first process only."""
-    print(line, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def with_own_config(args: list[str]) -> list[str]:
-    """Let a checkpoint bring its run's config.yaml when nothing else on the command line chooses a method."""
-    given = last_option(args, "ckpt_path")
-    named = any(k == "model" or k == "model.class_path" for k, _ in options(args))
-    configs = [read_config(v) for k, v in options(args) if k == "config" and v is not None]
-    if given is None or named or any("model" in c for c in configs):
-        return args
-    logs = Path(last_option(args, "logs") or "tb_logs").expanduser()
-    checkpoint = agreed_checkpoint(given, logs, f"*/*/{last_option(args, 'run') or '*'}")
-    config = runs.run_folder(checkpoint) / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"--ckpt_path {given} without --config: its run has no {config}; give --config FILE")
-    return [args[0], "--config", str(config), *args[1:], "--ckpt_path", str(checkpoint)]
-
-
-def agreed_checkpoint(given: str, logs: Path, pattern: str) -> Path:
-    """Find the checkpoint that an option means.
-
-    Of several processes the first decides, through the environment that the others inherit: while they start, another
-    run may save a newer one.
-    """
-    if not first_process() and given in runs.ALIASES and AGREED in os.environ:
-        return Path(os.environ[AGREED])
-    found = runs.find_checkpoint(given, logs, pattern)
-    if first_process():
-        os.environ[AGREED] = str(found.absolute())
-    return found
-
-
-def check_method(checkpoint: Path, saved: str, method: type) -> None:
-    """Refuse a checkpoint that another method wrote.
-
-    Raises:
-        ConfigError: With both methods.
-    """
-    ours = f"{method.__module__}.{method.__qualname__}"
-    if saved != ours:
-        raise ConfigError(
-            f"--ckpt_path {checkpoint} is a checkpoint of {saved}, the config says {ours}; give the config of that "
-            f"run, {runs.run_folder(checkpoint) / 'config.yaml'}, or start a new run without --ckpt_path"
-        )
-
-
-def refuse_shorter_epochs(data: Any, done: int) -> None:
-    """Refuse epochs that would have ended before the place where training goes on.
-
-    Raises:
-        ConfigError: With both numbers.
-    """
-    length = data.get("updates_per_epoch")
-    if done and length is not None and length <= done:
-        raise ConfigError(
-            f"--data.updates_per_epoch {length}: the checkpoint was saved after {done} updates of an epoch, whose end "
-            f"and evaluation would be passed over; give at least {done + 1}"
-        )
-
-
-def refuse_other_seed(checkpoint: Path, saved: int, current: Any, fit: bool) -> None:
-    """Refuse to continue a run under another seed: it would be neither the one run nor the other.
-
-    Raises:
-        ConfigError: With both seeds.
-    """
-    if fit and int(current) != saved:
-        raise ConfigError(
-            f"--ckpt_path {checkpoint} continues a run of seed {saved}, got {current}: give --seed_everything {saved}, "
-            "or branch off into a run of another name: --run NAME and the checkpoint's file"
-        )
 
 
 def run(args: list[str]) -> int:

@@ -1,14 +1,28 @@
-"""The end of a run of several processes, of which one has failed."""
+"""Several processes of one run: which of them speaks, and the end of all when one has failed."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_diffrl.errors import ConfigError
 
 PATIENCE = 5.0  # seconds between the end of a process's connections and the end of the process
+
+
+def first_process() -> bool:
+    """Whether this is the only process of the run, or the one that speaks for all."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@rank_zero_only
+def say(line: str, *, error: bool = False) -> None:
+    """Print on the first process only."""
+    print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def end_others(launcher: Any, error: BaseException) -> None:

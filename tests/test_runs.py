@@ -84,26 +84,26 @@ def full() -> OSError:
 
 
 def test_the_first_process_decides_which_checkpoint_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_diffrl import cli
+    from lit_diffrl import continuing
 
-    monkeypatch.delenv(cli.AGREED, raising=False)
+    monkeypatch.delenv(continuing.AGREED, raising=False)
     older, newer = (tmp_path / f"m/d/{run}/checkpoints/last.ckpt" for run in "ab")
     for path in (older, newer):
         path.parent.mkdir(parents=True)
     older.touch()
-    assert cli.agreed_checkpoint("last", tmp_path, "m/d/*") == older
+    assert continuing.agreed_checkpoint("last", tmp_path, "m/d/*") == older
     newer.touch()
     os.utime(newer, (2**31, 2**31))
-    monkeypatch.setattr(cli, "first_process", lambda: False)
-    assert cli.agreed_checkpoint("last", tmp_path, "m/d/*") == older.absolute(), "saved while the others started"
-    assert cli.agreed_checkpoint(str(newer), tmp_path, "m/d/*") == newer, "a file is a file"
-    monkeypatch.setattr(cli, "first_process", lambda: True)
-    assert cli.agreed_checkpoint("last", tmp_path, "m/d/*") == newer
+    monkeypatch.setattr(continuing, "first_process", lambda: False)
+    assert continuing.agreed_checkpoint("last", tmp_path, "m/d/*") == older.absolute(), "saved while the others started"
+    assert continuing.agreed_checkpoint(str(newer), tmp_path, "m/d/*") == newer, "a file is a file"
+    monkeypatch.setattr(continuing, "first_process", lambda: True)
+    assert continuing.agreed_checkpoint("last", tmp_path, "m/d/*") == newer
 
 
 @pytest.mark.parametrize(("length", "refused"), [(3, True), (9, True), (10, False), (None, False)])
 def test_an_epoch_is_not_cut_short_behind_the_place_where_a_run_goes_on(length: int | None, refused: bool) -> None:
-    from lit_diffrl.cli import refuse_shorter_epochs
+    from lit_diffrl.continuing import refuse_shorter_epochs
 
     refuse_shorter_epochs({"updates_per_epoch": length}, 0)
     if not refused:

@@ -1,7 +1,7 @@
 """ReplayBuffer: synthetic transitions, the newest so many, from which a learner's batches are drawn.
 
 Memory: ``4 (2 obs + action + 2)`` bytes for each transition (8 in 64-true), in every process: 2,000,000 of Hopper's are
-216 MB, of HalfCheetah's 336 MB. Checkpoints hold those that are there.
+216 MB, of HalfCheetah's 336 MB. Checkpoints hold those that are there; writing one takes twice that again for a moment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_diffrl.data.transitions import PolicyBatch
-from lit_diffrl.errors import check_range
+from lit_diffrl.errors import ConfigError, check_range
 
 
 class ReplayBuffer:
@@ -46,8 +46,17 @@ class ReplayBuffer:
             next_obs: ``(n, obs)``.
             done: ``(n,)`` bool, or numbers 0 and 1.
             epoch: When they were made.
+
+        Raises:
+            ConfigError: When numbers are not finite.
         """
         rows = torch.cat([obs, action, reward[:, None], next_obs, done[:, None].to(obs.dtype)], dim=1)
+        wrong = len(rows) - int(rows.isfinite().all(1).sum())
+        if wrong:
+            raise ConfigError(
+                f"{wrong} of {len(rows)} synthetic transitions are not finite: a model or the policy has diverged; look "
+                "at the losses of their phases, lower their learning rates, or train in 32-true"
+            )
         self._append(rows[-self.capacity :])
         self.groups.append((epoch, len(rows)))
         self._forget(self._size)

@@ -1,8 +1,8 @@
 """TrajectoryData: transitions for a learner, and beside them what models of the data learn from.
 
 Sources: the data pipelines of DyDiff and SynthER. A *window* is H steps (state, action) of one episode, states first,
-in the model scale: every dimension from -1 to 1 over the whole dataset. An episode of T steps has ``max(T - H, 0) + 1``
-of them; a shorter one is padded.
+in the model scale: every dimension from -1 to 1 over the whole dataset, the states that end its episodes included. An
+episode of T steps has ``max(T - H, 0) + 1`` of them; a shorter one is padded.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ class TrajectoryData(TransitionData):
     def _index_windows(self, episodes: Episodes, steps: Tensor) -> None:
         """Rows in the model scale, where each episode ends, and where windows may start."""
         raw = torch.cat([episodes.obs, self.action_normalizer.normalize(episodes.action)], dim=1)
-        self.limits = LimitsNormalizer.fit(raw)
+        # A fallen robot's state is nobody's first: clipped to the limits of the others it would stand again, and no
+        # predicted state would ever be terminal.
+        after = torch.cat([episodes.next_obs, raw[:, episodes.obs_dim :]], dim=1)
+        self.limits = LimitsNormalizer.fit(torch.stack([raw, after]))
         self.scaled = self.limits.normalize(raw)
         self.first_steps = steps
         self.still = self.limits.normalize(torch.zeros(raw.shape[1]))[episodes.obs_dim :]

@@ -212,6 +212,11 @@ class DyDiff(Synthesis, WorldModelPhase):
         """Start states of a refresh."""
         return "rollouts.starts", self.rollouts.starts
 
+    @property
+    def kept_option(self) -> str:
+        """The buffer's size."""
+        return "rollouts.capacity"
+
     # ---------------------------------------------------------------- training of the models
 
     def model_optimizers(self) -> list[Optimizer]:
@@ -273,9 +278,12 @@ class DyDiff(Synthesis, WorldModelPhase):
 
     def _refuse_other_levels(self, arguments: Mapping[str, Any]) -> None:
         super()._refuse_other_levels(arguments)
-        saved = as_options(TrajectoryDenoiserOptions(), arguments.get("denoiser", {})).scale_conditions
-        name, now = "denoiser.scale_conditions", self.denoiser_options.scale_conditions
-        refuse_other_arguments("model", (name,), {name: saved}, {name: now})
+        saved = as_options(TrajectoryDenoiserOptions(), arguments.get("denoiser", {}))
+        names = ("scale_conditions", "measure_sigma_data")
+        before, now = (
+            {f"denoiser.{name}": getattr(options, name) for name in names} for options in (saved, self.denoiser_options)
+        )
+        refuse_other_arguments("model", tuple(before), before, now)
 
     # ---------------------------------------------------------------- rollouts, in the model scale
 
@@ -318,6 +326,17 @@ class DyDiff(Synthesis, WorldModelPhase):
         begin = None if start is None else (torch.cat([start[0], scaled], dim=-1), start[1])
         return self.sample(denoise, noise, project, begin, self.levels)[..., :n]
 
+    def rounds(self) -> tuple[synthesis.PredictStates, list[Tensor]]:
+        """The trajectory model as the rounds of one correction ask it, and the list of the samples it has given."""
+        samples, index = list[Tensor](), self.rollouts.warm_start
+
+        def predict(first: Tensor, actions: Tensor) -> Tensor:
+            warm = (samples[-1], index) if samples and index is not None else None
+            samples.append(self.sample_states(first, actions, warm))
+            return samples[-1]
+
+        return predict, samples
+
     def roll_out(self, start: Tensor, horizon: int) -> Rollouts:
         """Trajectories of the current policy (Eqs. 6 to 9).
 
@@ -325,13 +344,7 @@ class DyDiff(Synthesis, WorldModelPhase):
             start: ``(B, obs)`` start states, normalised.
             horizon: Steps H.
         """
-        o, samples = self.rollouts, list[Tensor]()
-
-        def predict(first: Tensor, actions: Tensor) -> Tensor:
-            warm = (samples[-1], o.warm_start) if samples and o.warm_start is not None else None
-            samples.append(self.sample_states(first, actions, warm))
-            return samples[-1]
-
+        o, (predict, samples) = self.rollouts, self.rounds()
         x, actions = synthesis.single_step_rollout(self.to_model(start), self.act_in, self.step_model, horizon)
         x, actions, previous = synthesis.iterate_correction(
             x, actions, predict, self.act_in, rounds=o.corrections, beta=o.damping
@@ -363,7 +376,7 @@ class DyDiff(Synthesis, WorldModelPhase):
         pairs = min(horizon, horizon if o.length is None else o.length + 1)
         states, actions = rollouts.states[:, :pairs], rollouts.actions[:, :pairs]
         done = self.rule(self.obs_normalizer.unnormalize(states[:, 1:]))
-        reward = self.world_model.reward(states, actions)
+        reward, disagreement = self._judge(states, actions)
         returns = synthesis.trajectory_returns(reward, done if o.returns == "until_done" else None)
         kept = self.keep(returns, synthesis.gumbel_noise(gumbel))
         stored = synthesis.cut_transitions(states[kept], actions[kept], reward[kept], done[kept])
@@ -386,13 +399,20 @@ class DyDiff(Synthesis, WorldModelPhase):
             "done": done.any(1).double().mean(),
             "gap": rollouts.gap.mean(),
             "outside": rollouts.outside.mean(),
-            "disagreement": self.world_model.disagreement(states, actions).mean(),
+            "disagreement": disagreement.mean(),
         }
         if len(returns) >= 10:
             found |= {f"decile_{i}": x for i, x in enumerate(synthesis.kept_by_decile(kept, returns), 1)}
         logs = {f"synthetic/{name}": float(x) for name, x in found.items()}
         counts = {"synthetic/kept": len(kept) / len(returns), "synthetic/stored": float(len(stored.done))}
         return logs | counts | {"time/rollouts_s": rolled - begun, "time/filter_s": time.perf_counter() - rolled}
+
+    def _judge(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted rewards and the ensemble's disagreement ``(B, H)``; in parts, as memory would hold."""
+        parts = list(zip(states.split(self.rollouts.chunk), actions.split(self.rollouts.chunk)))
+        judges = (self.world_model.reward, self.world_model.disagreement)
+        reward, disagreement = (torch.cat([judge(s, a) for s, a in parts]) for judge in judges)
+        return reward, disagreement
 
     def keep(self, returns: Tensor, gumbel: Tensor) -> Tensor:
         """Trajectories to keep, ascending indices, by their predicted returns ``(B,)``."""
@@ -434,10 +454,10 @@ class DyDiff(Synthesis, WorldModelPhase):
             self.draws.begin(place, self.device)
             x = self.state_limits.normalize(self.to_own(first))
             x, actions = synthesis.single_step_rollout(x, self.act_in, self.step_model, horizon)
-            found = {"single-step rollout": x}
+            found, (predict, _) = {"single-step rollout": x}, self.rounds()
             for k in range(1, self.rollouts.corrections + 1):
                 x, actions, _ = synthesis.iterate_correction(
-                    x, actions, self.sample_states, self.act_in, rounds=1, beta=self.rollouts.damping
+                    x, actions, predict, self.act_in, rounds=1, beta=self.rollouts.damping
                 )
                 found[f"correction {k}"] = x
             return {name: self.state_limits.unnormalize(x).float() for name, x in found.items()}

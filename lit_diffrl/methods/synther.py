@@ -100,6 +100,11 @@ class SynthER(Synthesis):
         """All rows."""
         return "samples.count", self.samples.count
 
+    @property
+    def kept_option(self) -> str:
+        """All rows are kept."""
+        return "samples.count"
+
     def build(self, spec: DatasetSpec) -> None:
         """The learner's networks, the denoiser and its average, and the scale of rows."""
         super().build(spec)

@@ -122,8 +122,8 @@ class RolloutOptions:
         emit: ``policy``: the last states and the policy's actions there; ``dynamics``: the trajectory model's last
             sample and the actions that it was given.
         sample_model: Draw single steps from the model's Gaussian, instead of its mean.
-        warm_start: Noise level, by its index, to which rounds after the first noise the states they have, instead of
-            beginning with noise; null for none.
+        warm_start: Noise level, by its index, to which rounds after the first noise the trajectory model's last sample,
+            instead of beginning with noise alone; null for none.
         chunk: Start states denoised at once, over all processes.
         filter: Keep trajectories of high predicted return: the best (``hardmax``), by a ``softmax``, or all (``none``).
         keep: Share of the trajectories kept.
@@ -173,6 +173,10 @@ class RolloutOptions:
         for name in ("length", "warm_start", "keep_refreshes"):
             if getattr(self, name) is not None:
                 check_range(f"rollouts.{name}", getattr(self, name), 1)
+        if self.filter == "softmax" and int(self.keep * self.starts) == 0:
+            raise ConfigError(
+                f"rollouts.keep {self.keep} of rollouts.starts {self.starts} are no trajectory at all; raise either"
+            )
         if self.emit == "dynamics" and self.corrections == 0:
             raise ConfigError("rollouts.emit 'dynamics' is the trajectory model's sample: give rollouts.corrections")
 

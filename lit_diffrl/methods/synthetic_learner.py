@@ -86,6 +86,11 @@ class Synthesis(OfflineLearner):
         raise NotImplementedError
 
     @property
+    def kept_option(self) -> str:
+        """The option that says how many synthetic transitions are kept."""
+        raise NotImplementedError
+
+    @property
     def phases(self) -> list[Phase]:
         """The models', then the learner's; with ``models_ckpt`` the models' are over."""
         return [*self.model_phases, *super().phases]
@@ -160,11 +165,18 @@ class Synthesis(OfflineLearner):
     # ---------------------------------------------------------------- synthesis
 
     def on_fit_start(self) -> None:
-        """Refuse rows that the processes could not share evenly; take the models that are lent where the run begins."""
+        """Refuse rows that the processes could not share evenly, and too few; take the models that are lent."""
         super().on_fit_start()
         (name, count), world = self.drawn_for_all, self.trainer.world_size
         if count % world:
             raise ConfigError(f"model.{name} {count} cannot be shared by {world} processes; give a multiple of {world}")
+        rows = self.data.batch_size * world
+        needed = rows - int(rows * self.real_ratio)
+        if self.buffer.capacity < needed:
+            raise ConfigError(
+                f"the learner's batches take {needed} synthetic transitions (data.batch_size, model.real_ratio), but "
+                f"only {self.buffer.capacity} are kept (model.{self.kept_option}), so none would ever be used; keep more"
+            )
         if self.models_ckpt is not None and self.trainer.ckpt_path is None:
             self.load_models(self.models_ckpt)
 
