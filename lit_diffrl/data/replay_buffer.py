@@ -54,8 +54,8 @@ class ReplayBuffer:
         wrong = len(rows) - int(rows.isfinite().all(1).sum())
         if wrong:
             raise ConfigError(
-                f"{wrong} of {len(rows)} synthetic transitions are not finite: a model or the policy has diverged; look "
-                "at the losses of their phases, lower their learning rates, or train in 32-true"
+                f"{wrong} of {len(rows)} synthetic transitions are not finite: a model or the policy has diverged; "
+                "look at the losses of their phases, lower their learning rates, or train in 32-true"
             )
         self._append(rows[-self.capacity :])
         self.groups.append((epoch, len(rows)))

@@ -190,6 +190,11 @@ class CQL(OfflineLearner):
             means = {"q/uniform": q[..., 1 : n + 1].mean(), "q/policy": q[..., n + 1 : 2 * n + 1].mean()}
             self.report({**means, "q/target": y.mean(), "grad_norm/critic": critic_norm, "grad_norm/actor": actor_norm})
 
+    def draw_action(self, obs: Tensor) -> Tensor:
+        """A draw of the policy."""
+        mean, log_std = self.actor(obs)
+        return squash(mean, log_std, self.draws.randn_like(mean))[0]
+
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """The mean of the policy, squashed."""
         mean: Tensor = self.actor(obs)[0]

@@ -109,6 +109,7 @@ class DyDiff(Synthesis, WorldModelPhase):
     window_high: Tensor
     window_std: Tensor
     models = ("world_model", "denoiser", "denoiser_ema", "window_low", "window_high", "window_std")
+    models_data = ("horizon",)
 
     def __init__(
         self,
@@ -298,7 +299,11 @@ class DyDiff(Synthesis, WorldModelPhase):
     def act_in(self, x: Tensor) -> Tensor:
         """The policy's actions ``(..., action)`` in states ``(..., obs)`` of the model scale."""
         obs = self.to_learner(x)
-        return self.propose(obs.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return self.choose(obs.flatten(0, -2)).view(*x.shape[:-1], -1)
+
+    def choose(self, obs: Tensor) -> Tensor:
+        """The policy's actions ``(n, action)`` for rollouts, in the learner's states ``(n, obs)``."""
+        return self.draw_action(obs) if self.rollouts.sample_policy else self.propose(obs)
 
     def step_model(self, x: Tensor, action: Tensor) -> Tensor:
         """One step ``(B, obs)`` of the single-step model from states of the model scale, by an elite drawn for each."""
@@ -446,7 +451,7 @@ class DyDiff(Synthesis, WorldModelPhase):
 
         @torch.no_grad()
         def policy(obs: Tensor) -> Tensor:
-            chosen = self.propose(self.obs_normalizer.normalize(self.to_own(obs)))
+            chosen = self.choose(self.obs_normalizer.normalize(self.to_own(obs)))
             return self.action_normalizer.unnormalize(chosen).float()
 
         @torch.no_grad()

@@ -130,6 +130,11 @@ class IQL(OfflineLearner):
             values = {"q/value": value.mean(), "q/target": y.mean(), "std": log_std.exp().mean()}
             self.report({**norms, **shares, **values})
 
+    def draw_action(self, obs: Tensor) -> Tensor:
+        """A draw of the policy, within the box."""
+        mean, log_std = self.actor(obs)
+        return (mean + log_std.exp() * self.draws.randn_like(mean)).clamp(-1, 1)
+
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """The mean of the policy."""
         mean: Tensor = self.actor(obs)[0]

@@ -193,6 +193,10 @@ class OfflineLearner(Method):
         """
         return self.decide(obs, [])
 
+    def draw_action(self, obs: Tensor) -> Tensor:
+        """A draw of the policy with noise from the update's draws, where :meth:`propose` may take its mean."""
+        return self.propose(obs)
+
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """Choose actions.
 

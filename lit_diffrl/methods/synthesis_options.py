@@ -121,6 +121,7 @@ class RolloutOptions:
         damping: Share beta of the new states in a round: 0.5 (DyDiff's code), 1 (its paper).
         emit: ``policy``: the last states and the policy's actions there; ``dynamics``: the trajectory model's last
             sample and the actions that it was given.
+        sample_policy: Draw actions from a Gaussian policy, instead of its mean; diffusion policies always draw.
         sample_model: Draw single steps from the model's Gaussian, instead of its mean.
         warm_start: Noise level, by its index, to which rounds after the first noise the trajectory model's last sample,
             instead of beginning with noise alone; null for none.
@@ -145,6 +146,7 @@ class RolloutOptions:
     corrections: int = 2
     damping: float = 0.5
     emit: Literal["policy", "dynamics"] = "policy"
+    sample_policy: bool = False
     sample_model: bool = False
     warm_start: int | None = None
     chunk: int = 256

@@ -45,6 +45,7 @@ class Synthesis(OfflineLearner):
     """
 
     models: tuple[str, ...]
+    models_data: tuple[str, ...] = ()  # arguments of the data module that they cannot be lent across
     edm: EDM
     churn: Churn
     edm_sampler: EDMSamplerOptions
@@ -175,7 +176,7 @@ class Synthesis(OfflineLearner):
         if self.buffer.capacity < needed:
             raise ConfigError(
                 f"the learner's batches take {needed} synthetic transitions (data.batch_size, model.real_ratio), but "
-                f"only {self.buffer.capacity} are kept (model.{self.kept_option}), so none would ever be used; keep more"
+                f"model.{self.kept_option} keeps {self.buffer.capacity}, so none would ever be used; keep more"
             )
         if self.models_ckpt is not None and self.trainer.ckpt_path is None:
             self.load_models(self.models_ckpt)
@@ -193,7 +194,8 @@ class Synthesis(OfflineLearner):
         self.data.to(self.device)
         training = self.training
         self.eval()
-        with torch.no_grad():
+        # Nearly all of the cost is calls of the denoiser, made in the precision of the updates.
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             logs = self.synthesize()
         self.train(training)
         logs |= {"time/synthesis_s": time.perf_counter() - begun}
@@ -274,14 +276,14 @@ class Synthesis(OfflineLearner):
         """
         content = read_checkpoint(path)
         own = content[CHECKPOINT_KEY]
-        assert self.spec is not None
-        refuse_other_data(DatasetSpec.from_dict(own["spec"]), self.spec)
         state = {k: v for k, v in content["state_dict"].items() if k.partition(".")[0] in self.models}
         wanted = {k: v for k, v in self.state_dict().items() if k.partition(".")[0] in self.models}
         if not state:
             raise ConfigError(f"model.models_ckpt {path} is of {own['method']}, which has none of {self.models}")
-        refuse_other_shapes(state, wanted)
-        self._refuse_other_levels(content["hyper_parameters"])
+        try:
+            self._refuse_other_models(content, state, wanted)
+        except ConfigError as error:
+            raise ConfigError(f"model.models_ckpt {path}: {error}") from error
         done = content.get("epoch", -1) + 1
         needed = sum(epochs for name, epochs in own["phases"] if name != "policy")
         if done <= needed:
@@ -290,6 +292,16 @@ class Synthesis(OfflineLearner):
                 "checkpoint of its policy's phase"
             )
         self.load_state_dict(state, strict=False)
+
+    def _refuse_other_models(
+        self, content: Mapping[str, Any], state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    ) -> None:
+        assert self.spec is not None
+        refuse_other_data(DatasetSpec.from_dict(content[CHECKPOINT_KEY]["spec"]), self.spec)
+        refuse_other_shapes(state, wanted)
+        self._refuse_other_levels(content["hyper_parameters"])
+        saved = content.get("datamodule_hyper_parameters", {})
+        refuse_other_arguments("data", self.models_data, saved, self.data.hparams)
 
     def _refuse_other_levels(self, arguments: Mapping[str, Any]) -> None:
         saved = as_options(EDM(), arguments.get("edm", {}))

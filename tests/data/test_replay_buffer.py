@@ -73,6 +73,16 @@ def test_a_checkpoint_gives_the_same_rows_and_goes_on_like_the_buffer_it_is_of(c
         assert held(again) == held(buffer) and again.groups == buffer.groups
 
 
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    buffer = ReplayBuffer(2, 1, 5)
+    n = torch.ones(3)
+    states = torch.ones(3, 2)
+    states[1, 0] = torch.nan
+    with pytest.raises(ConfigError, match=r"1 of 3 synthetic transitions are not finite"):
+        buffer.insert(torch.ones(3, 2), n[:, None], n, states, n, epoch=0)
+    assert len(buffer) == 0
+
+
 def test_an_empty_buffer_is_saved_and_takes_no_memory() -> None:
     buffer = ReplayBuffer(2, 1, 10**12)
     state = buffer.state_dict()

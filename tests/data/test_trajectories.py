@@ -70,10 +70,12 @@ def test_windows_hold_consecutive_steps_states_first() -> None:
 
 
 def test_the_scale_runs_from_minus_one_to_one_over_all_rows_short_episodes_included() -> None:
-    """Oracle 21, and pitfall 28: what is padded does not enter the limits."""
+    """Oracle 21, and pitfall 28: what is padded does not enter the limits, and the last state of an episode does."""
     made = data(lengths=(12, 8, 3))
-    assert made.scaled.amin(0).tolist() == [-1, -1, -1] and made.scaled.amax(0).tolist() == [1, 1, 1]
-    assert float(made.limits.high[0]) == 22 and float(made.limits.low[1]) == -44
+    assert made.scaled.amin(0).tolist() == pytest.approx([-1, -1 + 2 * 2 / 46, -1], abs=1e-6)
+    assert made.scaled.amax(0).tolist() == pytest.approx([1 - 2 / 23, 1, 1], abs=1e-6)
+    assert made.limits.low.tolist() == [0, -46, 0]
+    assert made.limits.high.tolist() == pytest.approx([23, 0, 0.22])
     torch.testing.assert_close(made.limits.unnormalize(torch.full((3,), 1.5)), made.limits.high)
 
 

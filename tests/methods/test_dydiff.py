@@ -16,9 +16,9 @@ from lit_diffrl.data import PolicyBatch, TrajectoryData
 from lit_diffrl.data.episodes import Episodes
 from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.methods import TD3BC, DyDiffCQL, DyDiffDQL, DyDiffTD3BC, Method
+from lit_diffrl.methods import TD3BC, DyDiffCQL, DyDiffDQL, DyDiffIQL, DyDiffTD3BC, Method
 from lit_diffrl.methods.dydiff import DyDiff
-from lit_diffrl.methods.synthetic_learner import SYNTHETIC
+from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES, SYNTHETIC
 from lit_diffrl.seeding import Place
 
 OBS, ACTION, H = 4, 2, 12
@@ -162,6 +162,56 @@ def test_a_rollout_changes_nothing_of_the_policy(data: TrajectoryData) -> None:
     assert all(torch.equal(x, before[name]) for name, x in method.state_dict().items())
     assert [module.training for module in method.modules()] == modes
     assert all(p.grad is None for p in method.parameters())
+
+
+def test_a_policy_may_be_drawn_from_in_rollouts(data: TrajectoryData) -> None:
+    for kind, spread in ((DyDiffCQL, True), (DyDiffIQL, True), (DyDiffTD3BC, False)):
+        method = built(data, kind, rollouts={"sample_policy": True, "corrections": 1})
+        with torch.no_grad():
+            obs = states(data)
+            made, mean = method.choose(obs), method.propose(obs)
+            again = built(data, kind, rollouts={"sample_policy": True, "corrections": 1}).choose(obs)
+            rollouts = method.roll_out(obs, H)
+        assert bool((made != mean).all()) == spread and torch.equal(made, again)
+        assert float(rollouts.actions.abs().max()) <= 1
+
+
+def test_states_that_end_episodes_are_within_the_limits(data: TrajectoryData) -> None:
+    """Clipped to the states that others begin with, a fallen robot would stand, and no rollout would ever end."""
+    standing = torch.tensor([[1.2, 0.0, 0.0, 0.0], [0.72, 0.1, 0.5, -1.0], [1.0, -0.1, 0.2, 1.0]])
+    fallen = torch.tensor([[0.72, 0.1, 0.5, -1.0], [1.0, -0.1, 0.2, 1.0], [0.66, 0.25, -2.0, 3.0]])
+    ends = torch.tensor([False, False, True])
+    made = TrajectoryData(dataset="test/falls-v0", horizon=2, normalizer="gaussian")
+    info = SourceInfo(None, None, None, None, None, None, None, [-1.0] * 2, [1.0] * 2, ["test/falls-v0"])
+    made.load(Episodes(standing, torch.rand(3, 2), torch.ones(3), ends, ~ends & ends, fallen, torch.tensor([0])), info)
+    method = built(made, termination="hopper")
+    raw = torch.stack([standing, fallen])
+    again = method.obs_normalizer.unnormalize(method.to_learner(method.to_model(method.obs_normalizer.normalize(raw))))
+    assert method.rule(again).tolist() == [[False] * 3, [False, False, True]]
+
+
+def test_the_closed_loop_is_compared_as_it_is_rolled_out(data: TrajectoryData) -> None:
+    method = built(data, rollouts={"corrections": 2, "warm_start": 2})
+    first = data.limits.unnormalize(data.scaled[:4])[:, :OBS]
+    _, roll_out = method.closed_loop(H)
+    found = roll_out(first)
+    assert list(found) == ["single-step rollout", "correction 1", "correction 2"]
+    method.draws.begin(Place(0, AFTER_UPDATES + 2), torch.device("cpu"))
+    with torch.no_grad():
+        made = method.roll_out(method.obs_normalizer.normalize(first), H).states
+    torch.testing.assert_close(found["correction 2"], method.obs_normalizer.unnormalize(made), rtol=1e-3, atol=1e-3)
+
+
+def test_rewards_and_disagreement_do_not_depend_on_the_parts_they_are_computed_in(data: TrajectoryData) -> None:
+    found = []
+    for chunk in (3, 100):
+        method = built(data, rollouts={"chunk": chunk})
+        with torch.no_grad():
+            obs, action = torch.ones(8, H, OBS).cumsum(0), torch.ones(8, H, ACTION)
+            found.append(method._judge(obs, action))
+    for part, whole in zip(*found):
+        assert part.shape == (8, H)
+        torch.testing.assert_close(part, whole)
 
 
 # ---------------------------------------------------------------- losses
@@ -310,6 +360,23 @@ def test_with_real_data_alone_the_learner_is_the_plain_one_bit_for_bit(
     assert learner_of(content).keys() == plain.keys()
 
 
+def test_rollouts_are_made_in_the_precision_of_the_updates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[bool] = set()
+    sample = DyDiff.sample_states
+
+    def watched(self: DyDiff, *args: Any) -> Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        out = sample(self, *args)
+        assert out.dtype == torch.float32
+        return out
+
+    monkeypatch.setattr(DyDiff, "sample_states", watched)
+    for precision, expected in (("bf16-mixed", {True}), ("32-true", {False})):
+        content = config().fit(precision, "--trainer.precision", precision)
+        assert seen == expected and content[SYNTHETIC]["rows"].dtype == torch.float32
+        seen.clear()
+
+
 @pytest.mark.parametrize("kept", [2, None])
 def test_refreshes_come_when_they_are_due_and_are_kept_as_long_as_asked(folder: Path, kept: int | None) -> None:
     more = ["--model.policy_epochs=6", "--model.rollouts.every_n_epochs=2", "--model.rollouts.warmup_epochs=1"]
@@ -339,7 +406,9 @@ def test_models_of_one_learner_serve_another(folder: Path, capsys: pytest.Captur
         (other, [], "which has none of"),
         (last, ["--model.edm.sigma_data=1"], "edm.sigma_data: checkpoint 0.5, now 1.0"),
         (last, ["--model.denoiser.dim=16"], "networks differ"),
-        (last, ["--data.reward=minmax"], "trained on other data"),
+        (last, ["--data.reward=minmax"], f"model.models_ckpt {last}: the checkpoint was trained on other data"),
+        (last, ["--data.horizon=24"], "data.horizon: checkpoint 32, now 24"),
+        (last, ["--model.denoiser.measure_sigma_data=true"], "denoiser.measure_sigma_data: checkpoint False, now True"),
     ):
         capsys.readouterr()
         options = [*config("dydiff_cql").options, "--run", "e", "--model.models_ckpt", str(path), *more]
@@ -366,6 +435,8 @@ def test_a_run_that_was_lent_models_goes_on_without_their_file(folder: Path) -> 
         ("--model.real_ratio 1.5", "model.real_ratio must be in [0, 1], got 1.5"),
         ("--model.rollouts.emit dynamics --model.rollouts.corrections 0", "rollouts.emit 'dynamics'"),
         ("--model.rollouts.filter best", "one of softmax, hardmax, none"),
+        ("--model.rollouts.starts 1 --model.rollouts.keep 0.5", "rollouts.keep 0.5 of rollouts.starts 1"),
+        ("--data.batch_size 100 --model.rollouts.capacity 40", "model.rollouts.capacity keeps 40"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_in_one_line(

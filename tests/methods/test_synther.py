@@ -94,6 +94,13 @@ def test_the_scale_is_the_rows_own_and_done_keeps_its(folder: Path) -> None:
     assert float(state["row_mean"][-1]) == 0 and float(state["row_std"][-1]) == 1
 
 
+def test_fewer_rows_than_a_batch_takes_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would never be used, and the learner be the plain one."""
+    assert main(["fit", *config().options, "--data.batch_size=200"]) == 2
+    assert "take 100 synthetic transitions" in (err := capsys.readouterr().err)
+    assert "model.samples.count keeps 64" in err
+
+
 def test_a_denoiser_is_lent_to_another_learner(folder: Path) -> None:
     first = config().fit("a")
     (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
