@@ -222,7 +222,7 @@ class DiffRLCLI(LightningCLI):
             raise ConfigError(f"--trainer: {error}") from error
 
     def _own_callbacks(self, config: Any, given: list[Callback]) -> list[Callback]:
-        callbacks: list[Callback] = [ConfiguredOptimizers()] if self.subcommand == "fit" else []
+        callbacks: list[Callback] = [ConfiguredOptimizers()]
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks.append(RunProgressBar())
         if config["enable_checkpointing"] is not False:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,10 @@ def test_test_on_the_seeds_of_fit_repeats_the_score_and_writes_every_episode(
 ) -> None:
     same = ("--rollout.test_seed", "1000", "--rollout.test_episodes", "2", "--rollout.seed", "5")
     capsys.readouterr()
-    assert main(["test", "--ckpt_path", "last", *same]) == 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["test", "--ckpt_path", "last", *same]) == 0
+    assert not [str(w.message) for w in caught if "callbacks used to create the checkpoint" in str(w.message)]
     printed = shown(capsys.readouterr().out, "eval/score")
     result = newest_result(done, "last")
     assert printed == pytest.approx(curve(done, "eval/score")[-1][1], rel=1e-6)
