@@ -65,7 +65,7 @@ def test_update(benchmark: Any, hopper: TrajectoryData, label: str) -> None:
     if kind is not SynthERTD3BC:
         options |= {"world_model_epochs": 1, "denoiser": SMALL, "edm_sampler": {"steps": 2}, "rollouts": {"starts": 8}}
     else:
-        options |= {"samples": {"count": 8}, "edm_sampler": {"steps": 2}}
+        options |= {"samples": {"count": 256}, "edm_sampler": {"steps": 2}}
     run(hopper, Timed, **options)
 
 
