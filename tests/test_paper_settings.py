@@ -1,4 +1,4 @@
-"""The files of conf/paper/ say what the papers' tables say: Diffusion-QL's official one, EDP's Table 3 and its code."""
+"""The files of conf/paper/ say what the papers and their code say: Diffusion-QL, EDP, baselines, SynthER and DyDiff."""
 
 from __future__ import annotations
 
@@ -9,10 +9,29 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lit_diffrl.methods import CQL, CRR, EDPCRR, EDPIQL, EDPTD3, IQL, TD3BC, DiffusionQL
+from lit_diffrl.data import TrajectoryData
+from lit_diffrl.methods import (
+    CQL,
+    CRR,
+    EDPCRR,
+    EDPIQL,
+    EDPTD3,
+    IQL,
+    TD3BC,
+    DiffusionQL,
+    DyDiffCQL,
+    DyDiffDQL,
+    DyDiffTD3BC,
+    SynthERCQL,
+    SynthERDQL,
+    SynthERIQL,
+    SynthERTD3BC,
+)
 
 PAPER = Path(__file__).parents[1] / "conf" / "paper"
-METHODS = {kind.__name__: kind for kind in (EDPTD3, EDPCRR, EDPIQL, DiffusionQL, TD3BC, CRR, IQL, CQL)}
+SYNTHESIS = (DyDiffCQL, DyDiffDQL, DyDiffTD3BC, SynthERCQL, SynthERDQL, SynthERIQL, SynthERTD3BC)
+LEARNERS = (EDPTD3, EDPCRR, EDPIQL, DiffusionQL, TD3BC, CRR, IQL, CQL)
+METHODS: dict[str, Any] = {kind.__name__: kind for kind in (*LEARNERS, *SYNTHESIS)}
 
 # task: learning rate, eta, max-Q backup, rewards, epochs, norm limit, rank of the offline selection
 DQL: dict[str, tuple[float, float, bool, str, int, float, int]] = {
@@ -150,3 +169,80 @@ def test_the_baselines_have_theirs(path: str, expected: dict[str, Any], data_exp
         assert (method.critic_options.layers, method.critic_options.backup_candidates) == (5, 10)
     if path in ("iql/kitchen", "iql/adroit"):
         assert method.actor_options.dropout == 0.1
+
+
+# ---------------------------------------------------------------- SynthER and DyDiff
+
+
+def edm_of(method: Any) -> tuple[float, ...]:
+    edm, churn = method.edm, method.churn
+    levels = (edm.sigma_min, edm.sigma_max, edm.sigma_data, edm.rho, edm.p_mean, edm.p_std)
+    return (*levels, churn.s_tmin, churn.s_tmax, churn.s_churn, churn.s_noise, method.edm_sampler.steps)
+
+
+@pytest.mark.parametrize("path", sorted(path.stem for path in (PAPER / "dydiff").glob("*.yaml")))
+def test_dydiff_has_its_table_2_and_the_windows_of_the_authors_snapshot(path: str) -> None:
+    method, data, _ = settings(f"dydiff/{path}.yaml")
+    rollouts, denoiser, code = method.rollouts, method.denoiser_options, path == "td3bc-code"
+    assert edm_of(method) == pytest.approx((0.002, 80, 0.5, 7, -1.2, 1.2, 0.370, 52.242, 60, 1.002, 34), rel=2e-4)
+    assert method.edm_sampler.solver == "heun" and method.edm_sampler.recondition_after_churn == (not code)
+    assert (denoiser.dim, tuple(denoiser.mults), denoiser.kernel) == (128, (1, 4, 8), 5)
+    assert (rollouts.starts, rollouts.every_n_epochs, rollouts.warmup_epochs, rollouts.length) == (2048, 1, 0, None)
+    assert (rollouts.corrections, rollouts.damping, rollouts.emit, rollouts.start_states) == (
+        2,
+        0.5,
+        "policy",
+        "transitions",
+    )
+    assert (rollouts.filter, rollouts.keep, rollouts.temperature, rollouts.floor) == ("softmax", 0.6, 0.05, 1e-6)
+    assert (rollouts.z_score, rollouts.capacity, rollouts.keep_refreshes) == (True, 2_000_000, None)
+    assert (rollouts.sample_policy, rollouts.sample_model, rollouts.warm_start) == (False, False, None)
+    assert (method.real_ratio, method.world_model_options.patience, method.world_model_options.lr) == (0.6, 7, 1e-4)
+    updates = data.get("updates_per_epoch", 1000)
+    windows = method.epochs["diffusion"] * updates * data["window_batch_size"]
+    assert windows == pytest.approx(3_000_000, rel=0.01) and method.policy_epochs * updates == 1_000_000
+    assert (data["horizon"], data["batch_size"]) == (100, 256)
+    assert (denoiser.loss, data.get("padding"), rollouts.returns) == (
+        ("all", "constant", "all") if code else ("states", None, "until_done")
+    )
+    assert (data["window_batch_size"], denoiser.lr_decay, denoiser.scale_conditions) == (
+        (8, "ramp", True) if code else (64, "cosine", False)
+    )
+    assert isinstance(TrajectoryData(**data), TrajectoryData)
+
+
+@pytest.mark.parametrize("path", sorted(path.stem for path in (PAPER / "synther").glob("*.yaml")))
+def test_synther_has_its_authors_settings(path: str) -> None:
+    method, data, _ = settings(f"synther/{path}.yaml")
+    assert edm_of(method) == (0.002, 80, 1.0, 7, -1.2, 1.2, 0.05, 50, 80, 1.003, 128)
+    denoiser = method.denoiser_options
+    assert (denoiser.width, denoiser.depth, denoiser.embed) == (2048, 6, 128)
+    assert (denoiser.lr, denoiser.ema_decay, denoiser.ema_every, denoiser.grad_clip) == (3e-4, 0.995, 10, 1.0)
+    assert (method.epochs["diffusion"] * 1000, data["transition_batch_size"]) == (100_000, 1024)
+    assert (method.samples.count, method.real_ratio, method.samples.clip_to_data) == (5_000_000, 0, False)
+    assert method.policy_epochs == 1000 and data["horizon"] is None
+    assert isinstance(TrajectoryData(**data), TrajectoryData)
+
+
+@pytest.mark.parametrize(
+    ("path", "base"),
+    [
+        *(
+            (f"{kind}/{name}-locomotion", f"{name}/locomotion")
+            for kind in ("synther", "dydiff")
+            for name in ("td3bc", "cql")
+        ),
+        ("synther/iql-locomotion", "iql/locomotion"),
+        ("synther/dql-locomotion", "dql/hopper-medium-v2"),
+        ("dydiff/dql-locomotion", "dql/hopper-medium-replay-v2"),
+    ],
+)
+def test_with_synthetic_data_the_learner_is_the_one_without(path: str, base: str) -> None:
+    """Numbers of updates apart; else what is compared would be two learners."""
+    own, alone = ({**OmegaConf.load(PAPER / f"{name}.yaml")} for name in (path, base))
+    for group, free in (("model", {"policy_epochs"}), ("data", {"dataset", "reward"})):
+        wanted = {k: v for k, v in alone[group]["init_args"].items() if k not in free}
+        assert {k: own[group]["init_args"].get(k) for k in wanted} == wanted
+    own_data, data = own["data"]["init_args"], alone["data"]["init_args"]
+    assert own_data.get("reward", "none") == data.get("reward", "none")
+    assert path.startswith("dydiff") or own_data["dataset"] == data["dataset"]
