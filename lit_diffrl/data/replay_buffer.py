@@ -113,10 +113,15 @@ class ReplayBuffer:
         """All that is in it, in plain types."""
         return {"rows": self.rows(), "groups": [list(group) for group in self.groups], "widths": self.widths}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    def to(self, device: torch.device) -> None:
+        """Move what is in it to a device; rows that come later must be there too."""
+        if self._rows is not None:
+            self._rows = self._rows.to(device)
+
+    def load_state_dict(self, state: dict[str, Any], dtype: torch.dtype) -> None:
         """Take up a state; a smaller capacity keeps the newest."""
         self._rows, self._end, self._size = None, 0, 0
         self.groups = [(int(epoch), int(n)) for epoch, n in state["groups"]]
         if len(state["rows"]):
-            self._append(state["rows"][-self.capacity :].to(device, dtype))
+            self._append(state["rows"][-self.capacity :].to(dtype))
         self._forget(self._size)

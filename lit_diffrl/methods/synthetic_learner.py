@@ -178,6 +178,7 @@ class Synthesis(OfflineLearner):
                 f"the learner's batches take {needed} synthetic transitions (data.batch_size, model.real_ratio), but "
                 f"model.{self.kept_option} keeps {self.buffer.capacity}, so none would ever be used; keep more"
             )
+        self.buffer.to(self.device)  # a checkpoint is taken up before the Trainer moves the networks
         if self.models_ckpt is not None and self.trainer.ckpt_path is None:
             self.load_models(self.models_ckpt)
 
@@ -319,7 +320,7 @@ class Synthesis(OfflineLearner):
         super().on_load_checkpoint(checkpoint)
         self._refuse_other_levels(checkpoint["hyper_parameters"])
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self.buffer.load_state_dict(checkpoint[SYNTHETIC], self.device, self.dtype)  # type: ignore[arg-type]
+            self.buffer.load_state_dict(checkpoint[SYNTHETIC], self.dtype)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- diagnosis
 

@@ -62,7 +62,7 @@ def test_a_checkpoint_gives_the_same_rows_and_goes_on_like_the_buffer_it_is_of(c
     buffer, again = ReplayBuffer(2, 1, 6), ReplayBuffer(2, 1, capacity)
     insert(buffer, 0, 4, 0)
     insert(buffer, 4, 5, 1)
-    again.load_state_dict(buffer.state_dict(), torch.device("cpu"), torch.float32)
+    again.load_state_dict(buffer.state_dict(), torch.float32)
     assert held(again) == held(buffer)[-capacity:]
     assert sum(n for _, n in again.groups) == len(again)
     if capacity == 6:
@@ -83,11 +83,22 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
     assert len(buffer) == 0
 
 
+def test_what_a_checkpoint_held_moves_to_the_device() -> None:
+    buffer = ReplayBuffer(2, 1, 5)
+    insert(buffer, 0, 3)
+    again = ReplayBuffer(2, 1, 5)
+    again.to(torch.device("meta"))  # an empty one has nothing to move
+    again.load_state_dict(buffer.state_dict(), torch.float64)
+    assert again.rows().dtype == torch.float64
+    again.to(torch.device("meta"))
+    assert again.rows().device.type == "meta" and len(again) == 3
+
+
 def test_an_empty_buffer_is_saved_and_takes_no_memory() -> None:
     buffer = ReplayBuffer(2, 1, 10**12)
     state = buffer.state_dict()
     assert state["rows"].shape == (0, 7)
-    buffer.load_state_dict(state, torch.device("cpu"), torch.float32)
+    buffer.load_state_dict(state, torch.float32)
     assert len(buffer) == 0
     with pytest.raises(ConfigError, match="capacity"):
         ReplayBuffer(2, 1, 0)

@@ -14,9 +14,10 @@ from torch import Tensor
 from lit_diffrl.__main__ import main
 from lit_diffrl.data import PolicyBatch, TrajectoryData
 from lit_diffrl.data.episodes import Episodes
+from lit_diffrl.data.replay_buffer import ReplayBuffer
 from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.methods import TD3BC, DyDiffCQL, DyDiffDQL, DyDiffIQL, DyDiffTD3BC, Method
+from lit_diffrl.methods import DyDiffCQL, DyDiffDQL, DyDiffIQL, DyDiffTD3BC, Method
 from lit_diffrl.methods.dydiff import DyDiff
 from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES, SYNTHETIC
 from lit_diffrl.seeding import Place
@@ -420,6 +421,31 @@ def test_a_run_that_was_lent_models_goes_on_without_their_file(folder: Path) -> 
     (own,) = Path("tb_logs").glob("*/*/b/checkpoints/last.ckpt")
     assert main(["fit", "--ckpt_path", str(own), "--trainer.max_epochs=2"]) == 0
     assert torch.load(own, weights_only=True)["epoch"] == 1
+
+
+def test_a_run_that_goes_on_has_its_rollouts_where_its_networks_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU they always are; a checkpoint is taken up before the Trainer moves the networks."""
+    moved: list[int] = []
+    to = ReplayBuffer.to
+
+    def watched(self: ReplayBuffer, device: torch.device) -> None:
+        moved.append(len(self))
+        to(self, device)
+
+    monkeypatch.setattr(ReplayBuffer, "to", watched)
+    content = config(epochs=2).fit("a", "--trainer.max_epochs=5")
+    (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    assert main(["fit", "--ckpt_path", str(last), "--trainer.max_epochs=6"]) == 0
+    assert moved == [0, len(content[SYNTHETIC]["rows"])] and moved[1] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_goes_on_with_its_rollouts(folder: Path) -> None:
+    config(epochs=2).fit("a", "--trainer.max_epochs=5", "--trainer.accelerator=gpu", "--trainer.devices=1")
+    (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    assert main(["fit", "--ckpt_path", str(last), "--trainer.max_epochs=6"]) == 0
 
 
 @pytest.mark.parametrize(
