@@ -157,20 +157,21 @@ class SynthER(Synthesis):
 
     def synthesize(self) -> dict[str, float]:
         """Draw all rows."""
-        outside = []
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         for chunk in self.chunks(self.samples.count, self.samples.chunk):
             rows = self.gathered(self.draw_rows(len(chunk)))
-            outside.append(((rows < self.row_low) | (rows > self.row_high))[:, :-1].double().mean())
+            outside = ((rows < self.row_low) | (rows > self.row_high))[:, :-1].double().mean(1)
             obs, action, reward, next_obs, done = self.bounded(rows).split(self.buffer.widths, dim=1)
             self.buffer.insert(obs, action, reward[:, 0], next_obs, done[:, 0] > 0.5, epoch=0)
-        rows = self.buffer.rows()
+            totals += torch.stack([(done[:, 0] > 0.5).double().sum(), reward.double().sum(), outside.sum()])
+        done_mean, reward_mean, outside_mean = (totals / self.samples.count).tolist()
         data = self.data.table.split(self.data.widths, dim=1)
         return {
-            "synthetic/done": float(rows[:, -1].mean()),
+            "synthetic/done": done_mean,
             "synthetic/done_data": float(data[4].mean()),
-            "synthetic/reward_mean": float(rows.split(self.buffer.widths, dim=1)[2].mean()),
+            "synthetic/reward_mean": reward_mean,
             "synthetic/reward_mean_data": float(data[2].mean()),
-            "synthetic/outside": float(torch.stack(outside).mean()),
+            "synthetic/outside": outside_mean,
         }
 
     def draw_rows(self, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import ROOT, Config
+from short_runs import ROOT, Config, curves
 from torch import Tensor
 
 from lit_diffrl.__main__ import main
@@ -47,6 +47,10 @@ def test_rows_are_drawn_once_and_the_learner_sees_nothing_else(folder: Path, mon
     assert draws == [2], "before the policy's first epoch"
     rows = content[SYNTHETIC]["rows"]
     assert rows.shape == (64, 4 + 2 + 1 + 4 + 1) and bool(rows.isfinite().all())
+    logged = {name: points[0][1] for name, points in curves("a", ("synthetic/",)).items()}
+    assert logged["synthetic/reward_mean"] == pytest.approx(float(rows[:, 6].mean()), rel=1e-5)
+    assert logged["synthetic/done"] == pytest.approx(float(rows[:, -1].mean())) and logged["synthetic/rows"] == 64
+    assert 0 < logged["synthetic/outside"] <= 1
     synthetic = {tuple(row) for row in rows[:, :4].tolist()}
     assert len(batches) == 6
     assert all(tuple(row) in synthetic for batch in batches for row in batch.obs.tolist())
