@@ -9,6 +9,8 @@ from lightning.pytorch import Trainer, seed_everything
 from small_learners import transitions
 
 from lit_diffrl.data import TransitionData
+from lit_diffrl.data.episodes import Episodes
+from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.methods import AEPO, QGPO
 from lit_diffrl.methods.energy_learner import EnergyLearner
 
@@ -42,6 +44,21 @@ def linear_bandit(n: int = 4000) -> TransitionData:
     generator = torch.Generator().manual_seed(0)
     action = (MEAN + STD * torch.randn(n, 1, generator=generator)).clamp(-1, 1)
     return transitions(torch.zeros(n, 2), action, SLOPE * action[:, 0])
+
+
+def chain() -> TransitionData:
+    """Two episodes of three steps; the first ends at a time limit, the second terminates."""
+    obs = torch.arange(6.0)[:, None].expand(-1, 2)
+    next_obs = obs + 1
+    ends = torch.tensor([False, False, True] * 2)
+    terminated = ends & (torch.arange(6) == 5)
+    reward = torch.ones(6)
+    episodes = Episodes(obs, torch.zeros(6, 1), reward, terminated, ends & ~terminated, next_obs, torch.tensor([0, 3]))
+    info = SourceInfo(None, None, None, None, None, None, None, [-1.0], [1.0], ["test/chain-v0"])
+    data = TransitionData("test/chain-v0", batch_size=64)
+    data.load(episodes, info)
+    data.prepare_data = lambda: None  # type: ignore[method-assign]
+    return data
 
 
 def built(kind: type[Any], data: TransitionData | None = None, **options: Any) -> Any:

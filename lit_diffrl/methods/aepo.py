@@ -117,17 +117,21 @@ class AEPO(EnergyLearner):
     def _check(self) -> None:
         """Refuse options that exclude each other."""
         o, joint = self.target_options, self.schedule == "joint"
-        if self.epochs["energy"] and not joint:
-            if not (self.epochs["behaviour"] or self.behaviour_ckpt):
-                raise ConfigError(
-                    "model.behaviour_epochs is 0, but the energy needs a behaviour model; give some epochs, "
-                    "--model.behaviour_ckpt FILE, or --model.schedule joint"
-                )
-            if not self.epochs["critic"]:
-                raise ConfigError(
-                    "model.critic_epochs is 0, but the energy needs critics to learn from; give some epochs, or "
-                    "--model.schedule joint"
-                )
+        if not joint and not (self.epochs["behaviour"] or self.behaviour_ckpt):
+            raise ConfigError(
+                "model.behaviour_epochs is 0, but what follows needs a behaviour model; give some epochs, "
+                "--model.behaviour_ckpt FILE, or --model.schedule joint"
+            )
+        if not joint and self.epochs["energy"] and not self.epochs["critic"]:
+            raise ConfigError(
+                "model.critic_epochs is 0, but the energy needs critics to learn from; give some epochs, or "
+                "--model.schedule joint"
+            )
+        if joint and not self.epochs["energy"]:
+            raise ConfigError(
+                "model.energy_epochs is 0, but with model.schedule joint it needs some: all networks learn in them; "
+                "give some epochs, or --model.schedule sequential"
+            )
         if joint and self.q_training != "iql":
             raise ConfigError(
                 f"model.q_training {self.q_training!r} needs support actions, which a behaviour model that learns at "
@@ -145,6 +149,11 @@ class AEPO(EnergyLearner):
         if o.form == "two_cumulant" and o.curvature != "none":
             raise ConfigError(
                 f"model.target.form 'two_cumulant' has no second derivatives; got target.curvature {o.curvature!r}"
+            )
+        if o.form == "two_cumulant" and o.a_bar in ("posterior_mean", "fixed"):
+            raise ConfigError(
+                f"model.target.form 'two_cumulant' asks Q at the data's action; got target.a_bar {o.a_bar!r}, which is "
+                "for form 'aepo'; use that, or a_bar 'data'"
             )
 
     # ---------------------------------------------------------------- building
@@ -174,6 +183,7 @@ class AEPO(EnergyLearner):
             decay=p.decay,
         )
         scale = self.target_options.scale
+        self._tabulated = False  # whether posterior and scale are known: on the host, for no update to wait for
         # nan until it is measured
         self.register_buffer("target_scale", torch.tensor(math.nan if scale == "auto" else float(scale)))
 
@@ -189,12 +199,22 @@ class AEPO(EnergyLearner):
         """The energy network learns the energy divided by this."""
         return float(self.target_scale)
 
+    def setup(self, stage: str) -> None:
+        """As EnergyLearner; a run that begins has a posterior and a scale of its own."""
+        super().setup(stage)
+        self._tabulated = False
+        if stage == "fit" and self.trainer.ckpt_path is None:
+            self.posterior.fitted.fill_(False)
+
     @torch.no_grad()
     def prepare(self, phase: str) -> None:
         """Draw support actions where critics need them; tabulate the posterior and measure the target."""
         if phase == "critic" and self.q_training != "iql":
             self.draw_support()
-        if phase != "energy" or bool(self.posterior.fitted):
+        if phase != "energy" or self._tabulated:
+            return
+        self._tabulated = True
+        if bool(self.posterior.fitted):  # by the run that goes on
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         every = data.transitions(torch.arange(len(data.table), device=data.table.device))

@@ -77,7 +77,8 @@ class EnergyLearner(OfflineLearner):
         rescale_norm: Norms of Eq. 45: of each ``sample``, of the whole ``batch``, or of the guidance ``term`` alone.
         guidance_t_max: Time above which there is no guidance; 1 for guidance throughout.
         sampler: How support actions are drawn, and actions unless ``eval_sampler`` says otherwise.
-        eval_sampler: How actions are drawn; null as ``sampler``.
+        eval_sampler: How actions are drawn; null as ``sampler``. What a group of it leaves out is QGPO's default, not
+            what ``sampler`` has.
         behaviour: The behaviour model.
         energy: The energy network.
         critic: The critics and their targets.
@@ -155,8 +156,9 @@ class EnergyLearner(OfflineLearner):
         self.register_buffer("energy_updates", torch.zeros((), dtype=torch.int64))
 
     def setup(self, stage: str) -> None:
-        """Build the networks; a run that begins takes a trained behaviour model over."""
+        """Build the networks; a run that begins takes a trained behaviour model over, and draws its own actions."""
         super().setup(stage)
+        self.states = self.support = None
         if stage == "fit" and self.behaviour_ckpt is not None and self.trainer.ckpt_path is None:
             self.take_behaviour(self.behaviour_ckpt)
 

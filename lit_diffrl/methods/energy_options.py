@@ -170,12 +170,13 @@ class TargetOptions:
         q_reduce: ``min`` or ``mean`` of the critics; the mean's gradient does not jump between them.
         use_target: Ask the critics' targets rather than the critics.
         covariance: ``isotropic`` variance by time alone (Eq. 25), ``jvp`` the covariance along Q's gradient at every
-            noisy action by one forward-mode product, ``trace`` its mean over directions by a random one.
+            noisy action by one product with the noise's derivative, ``trace`` its mean over directions by one with
+            random signs.
         curvature: ``none`` (Eq. 25), ``hvp`` one second derivative along Q's gradient, ``full`` all of them, exact for
             quadratic Q. They are nothing for critics with ``relu``.
         baseline: Subtract ``beta V(s)``, which leaves the guidance as it is; ``q_training`` isql learns no V.
         scale: What the target is divided by and the guidance multiplied by; ``auto`` measures its deviation when the
-            energy's phase begins.
+            energy's phase begins. A run that goes on keeps its own.
         loss: ``mse``, or ``huber`` of width 1 in units of ``scale``.
         weight: Of the loss over time: ``uniform``, or ``alpha2``, the squared factor of the signal.
     """

@@ -74,6 +74,11 @@ class QGPO(EnergyLearner):
             raise ConfigError("model.critic_epochs is 0, but the energy needs critics to learn from; give some epochs")
         self.labels: Tensor | None = None
 
+    def setup(self, stage: str) -> None:
+        """As EnergyLearner; labels of earlier critics are none."""
+        super().setup(stage)
+        self.labels = None
+
     def prepare(self, phase: str) -> None:
         """Draw the support actions; compute the labels of the last phase."""
         if phase != "behaviour":

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from energy_learners import MEAN, SLOPE, STD, act, built, fit, linear_bandit, small
+from energy_learners import MEAN, SLOPE, STD, act, built, chain, fit, linear_bandit, small
 from small_learners import same, transitions, weights
 from torch import Tensor
 
 from lit_diffrl.data import PolicyBatch
 from lit_diffrl.diffusion.vp_sde import VPSDE
-from lit_diffrl.methods import AEPO
+from lit_diffrl.methods import AEPO, aepo
 from lit_diffrl.methods.energy_learner import NoisedAction
 from lit_diffrl.methods.energy_options import TargetOptions
 from lit_diffrl.methods.expansion import expand
@@ -166,9 +166,13 @@ def test_baseline_and_scale_leave_the_guidance_as_it_is() -> None:
 # ---------------------------------------------------------------- training
 
 
-def test_the_scale_of_the_target_is_measured_once_and_kept() -> None:
-    method = fit(small(AEPO), 3, linear_bandit())
-    assert bool(method.target_scale > 0) and method.guidance_unit == float(method.target_scale)
+def test_the_scale_is_the_deviation_of_the_target() -> None:
+    data = linear_bandit()
+    method = fit(small(AEPO, critic={"activation": "silu"}), 20, data)
+    batch = data.transitions(torch.arange(len(data.table)))
+    noised = method.noised(batch.action)
+    target = method.energy_target(batch, noised, method.behaviour(noised.a_t, noised.t, batch.obs).detach())
+    assert method.guidance_unit == pytest.approx(float(target.std()), rel=0.15)
     fixed = fit(small(AEPO, target={"scale": 2.5}), 2)
     assert fixed.guidance_unit == 2.5
 
@@ -233,6 +237,44 @@ def test_guidance_moves_the_policy_as_far_as_it_should() -> None:
     assert 0.5 < (means[1] - means[0]) / (2 * SLOPE * STD**2) < 1.5
 
 
-@pytest.mark.parametrize("options", [{"form": "two_cumulant"}, {"loss": "huber"}, {"weight": "alpha2"}])
-def test_other_targets_and_losses_train(options: dict[str, Any]) -> None:
-    assert fit(small(AEPO, target=options), 2).can_act
+@pytest.mark.parametrize("q_training", ["iql", "isql", "cql"])
+def test_what_terminates_is_worth_its_reward_and_a_time_limit_ends_nothing(
+    q_training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle 19."""
+    seen: list[tuple[Tensor, PolicyBatch]] = []
+    td_loss = aepo.td_loss
+
+    class Watched(AEPO):
+        def update_critics(self, first: Any, second: Any, batch: PolicyBatch) -> None:
+            def watched(q: Tensor, y: Tensor) -> Tensor:
+                seen.append((y, batch))
+                return td_loss(q, y)
+
+            monkeypatch.setattr(aepo, "td_loss", watched)
+            super().update_critics(first, second, batch)
+
+    obs = torch.arange(6.0)[:, None].expand(-1, 2)
+    fit(small(Watched, q_training=q_training, energy_epochs=0), 1, transitions(obs, torch.zeros(6, 1), torch.ones(6)))
+    ((y, batch),) = seen
+    assert bool((batch.done == 1).all()) and torch.equal(y, batch.reward)
+    fit(small(Watched, q_training=q_training, energy_epochs=0), 1, chain())
+    y, batch = seen[-1]
+    ended = batch.done == 1
+    assert bool(ended.any()) and torch.equal(y[ended], batch.reward[ended])
+    cut = batch.obs[:, 0] == 2
+    assert bool(cut.any()) and not bool((batch.done[cut] == 1).any())
+    assert float((y[~ended] - batch.reward[~ended]).abs().min()) > 0
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+@pytest.mark.parametrize("weight", ["uniform", "alpha2"])
+def test_the_loss_is_of_errors_in_units_of_the_scale_weighted_by_time(loss: str, weight: str) -> None:
+    """Eq. 26 and its options."""
+    method, batch, noised, eps_hat = ready(loss=loss, weight=weight, scale=0.05)
+    error = method.energy(noised.a_t, noised.t, batch.obs) - method.energy_target(batch, noised, eps_hat) / 0.05
+    far = error.abs() > 1
+    assert bool(far.any() and (~far).any()), "both parts of the Huber loss are met"
+    each = error.square() if loss == "mse" else torch.where(far, error.abs() - 0.5, 0.5 * error.square())
+    weights_ = method.sde.alpha(noised.t) ** 2 if weight == "alpha2" else torch.ones(())
+    torch.testing.assert_close(method.energy_loss(batch, noised), (weights_ * each).mean())

@@ -76,6 +76,38 @@ def test_the_behaviour_model_learns_from_several_batches_at_once(kind: type[Any]
     assert sizes == [3 * 64, 64, 64]
 
 
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_targets_follow_the_critics_by_tau_at_each_of_their_steps_and_no_optimizer_has_them(kind: type[Any]) -> None:
+    """Oracle 18: with constant critics p and targets that begin at q, ``p + (q - p) (1 - tau)^n`` after n steps."""
+    method = small(kind, critic={"tau": 0.005, "lr": 1e-30})
+
+    class Apart(kind):  # type: ignore[misc, valid-type]
+        def on_train_start(self) -> None:
+            with torch.no_grad():
+                for p in self.target_critic.net.parameters():
+                    p.add_(1.0)
+
+    method.__class__ = Apart
+    fit(method, 7)
+    for p, q in zip(method.critic.parameters(), method.target_critic.net.parameters(), strict=True):
+        torch.testing.assert_close(q, p + 0.995**7, rtol=0, atol=1e-5)
+    targets = {id(p) for p in method.target_critic.parameters()}
+    optimised = {id(p) for o in method.configure_optimizers() for group in o.param_groups for p in group["params"]}
+    assert targets and not targets & optimised and not any(p.requires_grad for p in method.target_critic.parameters())
+    assert optimised == {id(p) for p in method.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_second_run_keeps_nothing_that_was_made_with_the_networks_of_the_first(kind: type[Any]) -> None:
+    method = small(kind)
+    made: list[dict[str, torch.Tensor]] = []
+    for _ in range(2):
+        fit(method, 5)
+        tables = {"variance": method.posterior.variance_at} if kind is AEPO else {"labels": method.labels}
+        made.append({k: v.clone() for k, v in ({"support": method.support} | tables).items() if v is not None})
+    assert made[0] and not any(torch.equal(first, made[1][name]) for name, first in made[0].items())
+
+
 # ---------------------------------------------------------------- support actions
 
 
@@ -237,6 +269,9 @@ def test_there_is_no_guidance_above_the_time_it_shall_begin_at(ready: Ready) -> 
         (QGPO, {"behaviour": {"width": 30}}, "multiple of 4"),
         (AEPO, {"behaviour_epochs": 0}, "--model.schedule joint"),
         (AEPO, {"critic_epochs": 0}, "--model.schedule joint"),
+        (AEPO, {"behaviour_epochs": 0, "energy_epochs": 0, "q_training": "isql"}, "behaviour_epochs is 0"),
+        (AEPO, {"energy_epochs": 0, "schedule": "joint", "target": {"scale": 1.0}}, "energy_epochs is 0.*joint"),
+        (AEPO, {"target": {"a_bar": "fixed", "form": "two_cumulant"}}, "at the data's action"),
         (AEPO, {"q_training": "sql"}, "did you mean 'isql'"),
         (AEPO, {"schedule": "joint"}, "'auto' is measured on finished critics"),
         (AEPO, {"schedule": "joint", "q_training": "cql"}, "stale"),

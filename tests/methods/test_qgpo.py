@@ -6,29 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from energy_learners import MEAN, SLOPE, STD, act, built, fit, linear_bandit, small
+from energy_learners import MEAN, SLOPE, STD, act, built, chain, fit, linear_bandit, small
 from small_learners import transitions
 
-from lit_diffrl.data import PolicyBatch, TransitionData
-from lit_diffrl.data.episodes import Episodes
-from lit_diffrl.data.sources import SourceInfo
+from lit_diffrl.data import PolicyBatch
 from lit_diffrl.methods import QGPO, qgpo
 from lit_diffrl.methods.support import States
-
-
-def chain() -> TransitionData:
-    """Two episodes of three steps; the first ends at a time limit, the second terminates."""
-    obs = torch.arange(6.0)[:, None].expand(-1, 2)
-    next_obs = obs + 1
-    ends = torch.tensor([False, False, True] * 2)
-    terminated = ends & (torch.arange(6) == 5)
-    reward = torch.ones(6)
-    episodes = Episodes(obs, torch.zeros(6, 1), reward, terminated, ends & ~terminated, next_obs, torch.tensor([0, 3]))
-    info = SourceInfo(None, None, None, None, None, None, None, [-1.0], [1.0], ["test/chain-v0"])
-    data = TransitionData("test/chain-v0", batch_size=64)
-    data.load(episodes, info)
-    data.prepare_data = lambda: None  # type: ignore[method-assign]
-    return data
 
 
 def test_what_terminates_is_worth_its_reward_and_a_time_limit_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
