@@ -293,10 +293,11 @@ class EnergyLearner(OfflineLearner):
         asked = times(self.sde, **solver)
         eps_model = self.behaviour.given(obs, asked)
         if degree != 0:
-            gradient = self.energy.gradient(obs, asked)
+            gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
             mode = self.rescale_norm if rescale else False
-            scale = degree * self.guidance_unit
-            eps_model = guide(eps_model, gradient, self.sde, scale, mode, t_max=self.guidance_t_max)
+            eps_model = guide(
+                eps_model, lambda x, t: unit * gradient(x, t), self.sde, degree, mode, t_max=self.guidance_t_max
+            )
         return sample_dpm_vp(eps_model, noise, self.sde, **solver)
 
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:

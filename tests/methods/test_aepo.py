@@ -160,7 +160,14 @@ def test_baseline_and_scale_leave_the_guidance_as_it_is() -> None:
         head.weight.div_(7.0)
     for method in (plain, other):
         method.energy_updates += 1
-    torch.testing.assert_close(act(other.float(), 6), act(plain.float(), 6))
+        method.float()
+    for norm in (None, "sample", "batch", "term"):
+        actions = []
+        for method in (other, plain):
+            method.rescale_norm = norm
+            with method.acting_as(1.5, norm is not None):
+                actions.append(act(method, 6))
+        torch.testing.assert_close(*actions, msg=f"rescaled: {norm}")
 
 
 # ---------------------------------------------------------------- training
