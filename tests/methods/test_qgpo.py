@@ -90,6 +90,24 @@ def test_an_energy_s_gradient_reaches_the_energy_alone(objective: str) -> None:
     assert all(p.grad is None for p in others)
 
 
+@pytest.mark.parametrize("objective", ["mse", "emse"])
+def test_objectives_for_comparison_are_of_the_datas_action(objective: str) -> None:
+    """``beta Q`` or its exponential, relative to the best support action, at the noised action of the data."""
+    method, batch, rows = prepared(objective=objective)
+    method.draws.begin(method.draws.place, torch.device("cpu"))
+    loss = method.energy_loss(batch, rows)
+    method.draws.begin(method.draws.place, torch.device("cpu"))
+    t, _, a_t = method.noised(batch.action)
+    f = method.energy(a_t, t, batch.obs)
+    q = method.target_critic.net(batch.obs, batch.action).amin(0)
+    if objective == "mse":
+        expected = (f - method.beta * q).square().mean()
+    else:
+        best = method.target_critic.net(batch.obs, method.support).amin(0).amax(1)
+        expected = (f.exp() - (method.beta * (q - best)).exp()).square().mean()
+    torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize("normalise", [True, False])
 def test_labels_know_nothing_of_a_state_s_own_value(normalise: bool) -> None:
     """The same constant on all values of a state leaves the loss as it is."""
