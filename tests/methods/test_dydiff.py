@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import ROOT, Config
+from short_runs import ROOT, Config, curves
 from torch import Tensor
 
 from lit_diffrl.__main__ import main
@@ -17,9 +17,11 @@ from lit_diffrl.data.episodes import Episodes
 from lit_diffrl.data.replay_buffer import ReplayBuffer
 from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.methods import DyDiffCQL, DyDiffDQL, DyDiffIQL, DyDiffTD3BC, Method
-from lit_diffrl.methods.dydiff import DyDiff
+from lit_diffrl.methods import DyDiffCQL, DyDiffDQL, DyDiffIQL, DyDiffTD3BC, Method, dydiff
+from lit_diffrl.methods.dydiff import DyDiff, Rollouts
 from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES, SYNTHETIC
+from lit_diffrl.methods.termination import Termination
+from lit_diffrl.methods.world_model import WorldModel
 from lit_diffrl.seeding import Place
 
 OBS, ACTION, H = 4, 2, 12
@@ -270,10 +272,6 @@ def test_the_measured_deviation_takes_the_place_of_sigma_data(data: TrajectoryDa
 # ---------------------------------------------------------------- mixed batches (oracles 14 and 25)
 
 
-class _Trainer:
-    world_size = 1
-
-
 def filled(method: Any, rows: int) -> Any:
     zero = torch.zeros(rows)
     method.buffer.insert(torch.full((rows, OBS), 9.0), torch.zeros(rows, ACTION), zero, torch.zeros(rows, OBS), zero, 0)
@@ -371,6 +369,32 @@ def test_rollouts_are_made_in_the_precision_of_the_updates(folder: Path, monkeyp
         content = config().fit(precision, "--trainer.precision", precision)
         assert seen == expected and content[SYNTHETIC]["rows"].dtype == torch.float32
         seen.clear()
+
+
+@pytest.mark.parametrize(("length", "stored"), [(None, 5), (8, 5), (3, 3)])
+def test_what_follows_a_fall_is_neither_stored_nor_counted_and_rollouts_are_cut_to_their_length(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, length: int | None, stored: int
+) -> None:
+    """All fall in state 5; rewards sum to the number of steps until then, or to that of all."""
+    roll_out = DyDiff.roll_out
+
+    def falling(self: DyDiff, start: Tensor, horizon: int) -> Rollouts:
+        made = roll_out(self, start, horizon)
+        fallen = torch.arange(horizon)[:, None] >= 5
+        return made._replace(states=torch.where(fallen, 1e6, made.states))
+
+    monkeypatch.setattr(DyDiff, "roll_out", falling)
+    monkeypatch.setattr(WorldModel, "reward", lambda self, obs, action: torch.ones(obs.shape[:-1]))
+    monkeypatch.setattr(dydiff, "termination_rule", lambda name, spec: Termination("fall", height=(-1e3, 1e3)))
+    more = [] if length is None else [f"--model.rollouts.length={length}"]
+    for returns, total in (("until_done", min(5, stored + 1)), ("all", 32 if length is None else length + 1)):
+        content = config().fit(returns, *more, f"--model.rollouts.returns={returns}")
+        rows = content[SYNTHETIC]["rows"]
+        ends = [0.0] * (stored - 1) + [float(stored == 5)]
+        assert rows[:, -1].tolist() == ends * 2, "two of four are kept"
+        logged = {name: points[0][1] for name, points in curves(returns, ("synthetic/",)).items()}
+        assert logged["synthetic/return_mean"] == total
+        assert logged["synthetic/length"] == stored and logged["synthetic/done"] == float(stored == 5)
 
 
 @pytest.mark.parametrize("kept", [2, None])
