@@ -1,4 +1,4 @@
-"""The files of conf/paper/ say what the papers and their code say: Diffusion-QL, EDP, baselines, SynthER and DyDiff."""
+"""The files of conf/paper/ say what the papers and their code say: policies, energy guidance, baselines, synthetic data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from omegaconf import OmegaConf
 
 from lit_diffrl.data import TrajectoryData
 from lit_diffrl.methods import (
+    AEPO,
     CQL,
     CRR,
     EDPCRR,
     EDPIQL,
     EDPTD3,
     IQL,
+    QGPO,
     TD3BC,
     DiffusionQL,
     DyDiffCQL,
@@ -31,7 +33,7 @@ from lit_diffrl.methods import (
 PAPER = Path(__file__).parents[1] / "conf" / "paper"
 SYNTHESIS = (DyDiffCQL, DyDiffDQL, DyDiffTD3BC, SynthERCQL, SynthERDQL, SynthERIQL, SynthERTD3BC)
 LEARNERS = (EDPTD3, EDPCRR, EDPIQL, DiffusionQL, TD3BC, CRR, IQL, CQL)
-METHODS: dict[str, Any] = {kind.__name__: kind for kind in (*LEARNERS, *SYNTHESIS)}
+METHODS: dict[str, Any] = {kind.__name__: kind for kind in (*LEARNERS, *SYNTHESIS, QGPO, AEPO)}
 
 # task: learning rate, eta, max-Q backup, rewards, epochs, norm limit, rank of the offline selection
 DQL: dict[str, tuple[float, float, bool, str, int, float, int]] = {
@@ -209,6 +211,55 @@ def test_dydiff_has_its_table_2_and_the_windows_of_the_authors_snapshot(path: st
         (8, "ramp", True) if code else (64, "cosine", False)
     )
     assert isinstance(TrajectoryData(**data), TrajectoryData)
+
+
+@pytest.mark.parametrize("learner", ["qgpo", "aepo"])
+@pytest.mark.parametrize("domain", ["locomotion", "maze2d-sparse", "maze2d-dense", "antmaze", "adroit"])
+def test_energy_guidance_has_qgpos_code_and_aepos_table_4(learner: str, domain: str) -> None:
+    method, data, _ = settings(f"{learner}/{domain}.yaml")
+    critic, energy, solver = method.critic_options, method.energy_options, method.sampler
+    assert (method.beta, method.behaviour_options.width, method.behaviour_options.lr) == (3, 512, 1e-4)
+    assert method.behaviour_options.batches * data["batch_size"] == 4096 and data["batch_size"] == 256
+    assert (critic.layers, critic.hidden, critic.activation, critic.lr, critic.tau) == (3, 256, "relu", 3e-4, 0.005)
+    assert (energy.layers, energy.hidden, energy.activation) == (4 if learner == "qgpo" else 3, 256, "silu")
+    assert energy.lr == 3e-4 and data.get("discount", 0.99) == 0.99 and data.get("normalizer") is None
+    assert (solver.steps, solver.order, solver.method, solver.grid) == (15, 2, "singlestep", "time_uniform")
+    assert (solver.predict, solver.lower_order_final, solver.t_end, solver.final_denoise) == (
+        "data",
+        False,
+        1e-3,
+        False,
+    )
+    assert method.eval_sampler == solver and method.guidance_t_max == 1 and method.degrees == [1.0]
+    rewards = {"antmaze": "iql_antmaze", "locomotion": "return_range", "adroit": "return_range"}
+    assert data.get("reward", "none") == rewards.get(domain, "none")
+    # epochs of 1000 updates; QGPO's energy learns in those of its critics too
+    assert method.epochs == (
+        {"behaviour": 600, "critic": 500, "energy": 500}
+        if learner == "qgpo"
+        else {"behaviour": 600, "critic": 1000, "energy": 1000}
+    )
+    if learner == "qgpo":
+        support = (32, 3) if domain == "antmaze" else (16, 1)
+        assert (method.support_options.actions, method.support_options.beta_q) == support
+        assert (method.objective, method.self_normalise, method.rescalings) == ("cep", True, [False])
+        return
+    posterior, target = method.posterior_options, method.target_options
+    assert (method.q_training, method.expectile, method.rescalings, method.rescale_norm) == (
+        "iql",
+        0.7,
+        [True],
+        "sample",
+    )
+    assert (posterior.kind, posterior.variance, posterior.mean) == (1, "raw", "eps")
+    assert (target.form, target.a_bar, target.grad_at, target.eta) == ("aepo", "data_grad_step", "a0", 1e-3)
+    assert (target.q_reduce, target.use_target, target.covariance, target.curvature) == (
+        "min",
+        True,
+        "isotropic",
+        "none",
+    )
+    assert (target.baseline, target.scale, target.loss, target.weight) == (False, 1, "mse", "uniform")
 
 
 @pytest.mark.parametrize("path", sorted(path.stem for path in (PAPER / "synther").glob("*.yaml")))
