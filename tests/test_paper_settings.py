@@ -1,4 +1,4 @@
-"""The files of conf/paper/ say what the papers and their code say: policies, energy guidance, baselines, synthetic data."""
+"""The files of conf/paper/ say what papers and their code say: policies, energy guidance, baselines, synthetic data."""
 
 from __future__ import annotations
 

@@ -181,8 +181,10 @@ def test_first_losses_are_those_of_float32(
     assert exact.keys() == other.keys() and all(2 <= len(curve) <= 10 for curve in exact.values())
     for tag, curve in exact.items():
         allowed = tolerance * (5 if tag.startswith("grad_norm/") else 1) * max(abs(value) for value in curve)
-        # Of a later phase too, though it may learn from what an earlier one has trained in that precision.
-        assert other[tag][0] == pytest.approx(curve[0], rel=0, abs=allowed), tag
+        # Of a later phase too. AEPO's energy learns in units of a deviation: that of a target which nearly constant
+        # critics, trained in that precision, have given.
+        units = 3 if tag == "loss/energy" and "target" in parameters(runs.config.method) else 1
+        assert other[tag][0] == pytest.approx(curve[0], rel=0, abs=units * allowed), tag
         # Of other weights: Adam's first steps are as long for a rounded gradient of zero as for any other.
         assert other[tag] == pytest.approx(curve, rel=0, abs=5 * allowed), tag
     # A curve is kept in float32, so one or the other may come out the same.
