@@ -7,40 +7,29 @@ equations by number, and the authors' code.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
 
-from lit_diffrl.data.normalizers import LimitsNormalizer
 from lit_diffrl.data.spec import DatasetSpec
-from lit_diffrl.data.trajectories import TrajectoryBatch
-from lit_diffrl.diffusion.edm import EDM, Churn, Network
-from lit_diffrl.diffusion.hooks import Project
+from lit_diffrl.diffusion.edm import EDM, Churn
 from lit_diffrl.errors import check_choice, check_range
 from lit_diffrl.methods import synthesis
-from lit_diffrl.methods.agreement import refuse_other_arguments
-from lit_diffrl.methods.base import Phase, as_options
+from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.cql import CQL
 from lit_diffrl.methods.dql import DiffusionQL
+from lit_diffrl.methods.dynamics_models import DynamicsModels
 from lit_diffrl.methods.edp import EDPCRR, EDPIQL, EDPTD3
 from lit_diffrl.methods.iql import IQL
 from lit_diffrl.methods.options import WorldModelOptions
 from lit_diffrl.methods.synthesis_options import EDMSamplerOptions, RolloutOptions, TrajectoryDenoiserOptions
-from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES, Predict, Synthesis
+from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES
 from lit_diffrl.methods.td3bc import TD3BC
 from lit_diffrl.methods.termination import TERMINATIONS, Termination, termination_rule
-from lit_diffrl.methods.world_model_phase import WorldModelPhase
-from lit_diffrl.nets.ema import EMA, half_life_decay
-from lit_diffrl.nets.unet import TemporalUNet
 from lit_diffrl.seeding import Place
 
-RAMP = 10_000_000  # windows after which the learning rate of lr_decay "ramp" is reached
 SINGLE_STEP = WorldModelOptions(patience=7)
 TRAJECTORY_CHURN = Churn(s_churn=60.0, s_tmin=0.3699492132558657, s_tmax=52.241950650433864, s_noise=1.002)
 
@@ -61,7 +50,7 @@ class Rollouts(NamedTuple):
     outside: Tensor
 
 
-class DyDiff(Synthesis, WorldModelPhase):
+class DyDiff(DynamicsModels):
     """A trajectory model that is given a start and all actions, corrected in turns with the policy (Algorithm 1).
 
     1. Phase ``world_model``: the single-step ensemble (Eq. 5) and the reward model (Eq. 10).
@@ -106,12 +95,6 @@ class DyDiff(Synthesis, WorldModelPhase):
         **kwargs: As the learner.
     """
 
-    window_low: Tensor
-    window_high: Tensor
-    window_std: Tensor
-    models = ("world_model", "denoiser", "denoiser_ema", "window_low", "window_high", "window_std")
-    models_data = ("horizon",)
-
     def __init__(
         self,
         world_model_epochs: int = 100,
@@ -143,71 +126,11 @@ class DyDiff(Synthesis, WorldModelPhase):
         epochs = {"world_model": world_model_epochs, "diffusion": diffusion_epochs}
         self.epochs = dict.fromkeys(epochs, 0) if models_ckpt else epochs
 
-    @property
-    def model_phases(self) -> list[Phase]:
-        """The single-step model's and the trajectory model's."""
-        members = self.world_model_options.members
-        return [
-            Phase("world_model", self.epochs["world_model"], "bootstraps", members),
-            Phase("diffusion", self.epochs["diffusion"], "windows"),
-        ]
-
-    @property
-    def uses_world_model(self) -> bool:
-        """Whether it learns in this run."""
-        return self.epochs["world_model"] > 0
-
-    # ---------------------------------------------------------------- networks
-
     def build(self, spec: DatasetSpec) -> None:
-        """The learner's networks, the two models, and the limits of the windows."""
+        """The learner's networks, the two models, the buffer and the rule of termination."""
         super().build(spec)
-        o, width = self.denoiser_options, spec.obs_dim + spec.action_dim
-        self.build_world_model(spec)
-        self.denoiser = TemporalUNet(width, dim=o.dim, mults=o.mults, kernel=o.kernel)
-        self.denoiser_ema = EMA(self.denoiser, every=1, start=0)
-        for name, size in (("window_low", width), ("window_high", width), ("window_std", 1)):
-            self.register_buffer(name, torch.zeros(size))
         self.build_buffer(spec, self.rollouts.capacity)
         self.rule: Termination = termination_rule(self.termination, spec.env_spec)
-
-    def setup(self, stage: str) -> None:
-        """Take over the limits of the windows."""
-        super().setup(stage)
-        if self.models_ckpt is None:
-            self.window_low.copy_(self.data.limits.low)
-            self.window_high.copy_(self.data.limits.high)
-            self.window_std.copy_(self.data.scaled.std())
-
-    @cached_property
-    def levels(self) -> EDM:
-        """The noise levels, with the deviation of the windows if that is asked for."""
-        if not self.denoiser_options.measure_sigma_data:
-            return self.edm
-        return replace(self.edm, sigma_data=float(self.window_std))
-
-    @property
-    def limits(self) -> LimitsNormalizer:
-        """Between raw states beside actions, and the model scale."""
-        return LimitsNormalizer(self.window_low, self.window_high)
-
-    @property
-    def state_limits(self) -> LimitsNormalizer:
-        """The same for states alone."""
-        assert self.spec is not None
-        limits, n = self.limits, self.spec.obs_dim
-        return LimitsNormalizer(limits.low[:n], limits.high[:n])
-
-    def scaled_actions(self, actions: Tensor) -> Tensor:
-        """Actions in the model scale."""
-        assert self.spec is not None
-        limits, n = self.limits, self.spec.obs_dim
-        return LimitsNormalizer(limits.low[n:], limits.high[n:]).normalize(actions)
-
-    def on_fit_start(self) -> None:
-        """Refuse data without windows before any time is spent."""
-        super().on_fit_start()
-        self.data.require_windows()
 
     @property
     def drawn_for_all(self) -> tuple[str, int]:
@@ -219,83 +142,7 @@ class DyDiff(Synthesis, WorldModelPhase):
         """The buffer's size."""
         return "rollouts.capacity"
 
-    # ---------------------------------------------------------------- training of the models
-
-    def model_optimizers(self) -> list[Optimizer]:
-        """AdamW for the single-step and reward models, Adam for the trajectory model."""
-        o, d = self.world_model_options, self.denoiser_options
-        return [
-            AdamW(self.world_model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True),
-            Adam(self.denoiser.parameters(), lr=d.lr, fused=True),
-        ]
-
-    def model_step(self, phase: str, optimizer: LightningOptimizer, batch: Any) -> None:
-        """An update of either model."""
-        if phase == "world_model":
-            losses = self.world_model_loss(batch)
-            norm = self.descend(optimizer, losses["total"], phase, batch)
-        else:
-            losses = {"total": self.diffusion_loss(batch)}
-            losses["diffusion"] = losses["total"]
-            self._set_rate(optimizer)
-            norm = self.descend(optimizer, losses["total"], phase, batch, self.denoiser_options.grad_clip)
-            o, rows = self.denoiser_options, self._windows_per_update()
-            seen = (self.denoiser_ema._steps + 1) * rows
-            self.denoiser_ema.update(self.denoiser, half_life_decay(seen, rows, o.half_life, o.half_life_ramp))
-        self.report({f"loss/{name}": loss for name, loss in losses.items() if name != "total"}, prog_bar=True)
-        self.report({f"grad_norm/{phase}": norm})
-
-    def _windows_per_update(self) -> int:
-        return self.data.window_batch_size * self.trainer.world_size
-
-    def _set_rate(self, optimizer: LightningOptimizer) -> None:
-        """The learning rate of this place in the run."""
-        o = self.denoiser_options
-        if o.lr_decay == "cosine":
-            self.set_cosine_lr(optimizer, o.lr)
-        elif o.lr_decay == "ramp":
-            seen = (self.denoiser_ema._steps + 1) * self._windows_per_update()
-            for group in optimizer.param_groups:
-                group["lr"] = o.lr * min(seen / RAMP, 1.0)
-
-    def diffusion_loss(self, batch: TrajectoryBatch) -> Tensor:
-        """Eq. 4: weighted error of the states, where first state and actions enter clean at every noise level."""
-        assert self.spec is not None
-        y, n = batch.trajectory, self.spec.obs_dim
-        sigma = self.levels.draw_sigma(self.draws.randn_like(y[:, 0, 0]))
-        noisy = y + sigma[:, None, None] * self.draws.randn_like(y)
-
-        def project(x: Tensor) -> Tensor:
-            return synthesis.condition(x, y[:, 0, :n], y[..., n:])
-
-        counts = batch.mask[..., None].to(y.dtype).expand_as(y)
-        if self.denoiser_options.loss == "states":
-            counts = counts * synthesis.generated(y, n)
-        prediction = self.denoise(self.denoiser, project(noisy), sigma, project)
-        return self.levels.loss(prediction, y, sigma, counts) / self.mean_of_all(counts)
-
-    def denoise(self, net: Network, x: Tensor, sigma: Tensor, project: Project) -> Tensor:
-        """Clean prediction; the network reads the conditions that ``project`` writes as they are, or scaled."""
-        return self.levels.denoise(net, x, sigma, None if self.denoiser_options.scale_conditions else project)
-
-    def _refuse_other_levels(self, arguments: Mapping[str, Any]) -> None:
-        super()._refuse_other_levels(arguments)
-        saved = as_options(TrajectoryDenoiserOptions(), arguments.get("denoiser", {}))
-        names = ("scale_conditions", "measure_sigma_data")
-        before, now = (
-            {f"denoiser.{name}": getattr(options, name) for name in names} for options in (saved, self.denoiser_options)
-        )
-        refuse_other_arguments("model", tuple(before), before, now)
-
     # ---------------------------------------------------------------- rollouts, in the model scale
-
-    def to_learner(self, x: Tensor) -> Tensor:
-        """States ``(..., obs)`` of the model scale, clipped to the data's limits, as the learner sees them."""
-        return self.obs_normalizer.normalize(self.state_limits.unnormalize(x))
-
-    def to_model(self, obs: Tensor) -> Tensor:
-        """The learner's states ``(..., obs)`` in the model scale."""
-        return self.state_limits.normalize(self.obs_normalizer.unnormalize(obs))
 
     def act_in(self, x: Tensor) -> Tensor:
         """The policy's actions ``(..., action)`` in states ``(..., obs)`` of the model scale."""
@@ -305,32 +152,6 @@ class DyDiff(Synthesis, WorldModelPhase):
     def choose(self, obs: Tensor) -> Tensor:
         """The policy's actions ``(n, action)`` for rollouts, in the learner's states ``(n, obs)``."""
         return self.draw_action(obs) if self.rollouts.sample_policy else self.propose(obs)
-
-    def step_model(self, x: Tensor, action: Tensor) -> Tensor:
-        """One step ``(B, obs)`` of the single-step model from states of the model scale, by an elite drawn for each."""
-        drawn = self.draws.randint(0, len(self.world_model.elite), x)
-        normal = self.draws.randn_like(x) if self.rollouts.sample_model else None
-        return self.to_model(self.world_model.step(self.to_learner(x), action, drawn, normal))
-
-    def sample_states(self, first: Tensor, actions: Tensor, start: tuple[Tensor, int] | None = None) -> Tensor:
-        """Eq. 7: states of the model scale ``(B, H, obs)`` by the trajectory model.
-
-        Args:
-            first: ``(B, obs)`` in the model scale.
-            actions: ``(B, H, action)`` in [-1, 1].
-            start: States to begin with in place of noise, and the index of the level they are noised to.
-        """
-        n, scaled = first.shape[-1], self.scaled_actions(actions)
-
-        def project(x: Tensor) -> Tensor:
-            return synthesis.condition(x, first.to(x.dtype), scaled.to(x.dtype))
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.denoise(self.denoiser_ema.net, x, sigma, project)
-
-        noise = self.draws.randn_like(first.new_empty(*actions.shape[:2], n + actions.shape[-1]))
-        begin = None if start is None else (torch.cat([start[0], scaled], dim=-1), start[1])
-        return self.sample(denoise, noise, project, begin, self.levels)[..., :n]
 
     def rounds(self) -> tuple[synthesis.PredictStates, list[Tensor]]:
         """The trajectory model as the rounds of one correction ask it, and the list of the samples it has given."""
@@ -432,12 +253,6 @@ class DyDiff(Synthesis, WorldModelPhase):
 
     # ---------------------------------------------------------------- diagnosis
 
-    @property
-    def predictors(self) -> dict[str, Predict]:
-        """The single-step model, and the trajectory model if there is one."""
-        found = {"single-step model": self.seeded(self.predict_by_steps)}
-        return found | ({"trajectory model": self.seeded(self.predict_at_once)} if self.rollouts.corrections else {})
-
     def closed_loop(self, horizon: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], dict[str, Tensor]]]:
         """The policy, and its rollouts in the models, for comparison with the simulator; all in raw units.
 
@@ -469,19 +284,6 @@ class DyDiff(Synthesis, WorldModelPhase):
             return {name: self.state_limits.unnormalize(x).float() for name, x in found.items()}
 
         return policy, roll_out
-
-    def predict_by_steps(self, first: Tensor, actions: Tensor) -> Tensor:
-        """States ``(n, H, obs)`` that the single-step model makes of given actions; all in raw units."""
-        units = self.action_normalizer.normalize(actions)
-        states = [self.state_limits.normalize(first)]
-        for t in range(actions.shape[1] - 1):
-            states.append(self.step_model(states[-1], units[:, t]))
-        return self.state_limits.unnormalize(torch.stack(states, dim=1))
-
-    def predict_at_once(self, first: Tensor, actions: Tensor) -> Tensor:
-        """States ``(n, H, obs)`` that the trajectory model makes of given actions; all in raw units."""
-        units = self.action_normalizer.normalize(actions)
-        return self.state_limits.unnormalize(self.sample_states(self.state_limits.normalize(first), units))
 
 
 class DyDiffTD3BC(DyDiff, TD3BC):
