@@ -2,7 +2,8 @@
 
 Sources: the data pipelines of DyDiff and SynthER. A *window* is H steps (state, action) of one episode, states first,
 in the model scale: every dimension from -1 to 1 over the whole dataset, the states that end its episodes included. An
-episode of T steps has ``max(T - H, 0) + 1`` of them; a shorter one is padded.
+episode of T steps has ``max(T - H, 0) + 1`` of them; a shorter one is padded. Such windows never show how an episode
+ends, so by default those of episodes that end in a terminal state may begin at any of their T steps, and hold it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class TrajectoryData(TransitionData):
         horizon: Steps H of a window; null for methods that need none.
         padding: Windows of episodes shorter than H: ``repeat`` the last state with zero actions, not learnt from;
             ``constant`` -1.0001, learnt from (DyDiff's code); ``drop`` leaves these episodes out.
+        terminal: Windows go on to an episode's terminal state, its action zero, and are padded after it; false ends
+            all windows with the last state acted in, as the papers'. Without effect where nothing terminates.
         window_batch_size: Windows per update and process.
         transition_batch_size: Transitions per member of an ensemble, update and process; of SynthER's denoiser too.
         holdout: Fraction of the transitions held out to stop the world model early, at most 5,000.
@@ -58,6 +61,7 @@ class TrajectoryData(TransitionData):
         self,
         horizon: int | None = 100,
         padding: Literal["repeat", "constant", "drop"] = "repeat",
+        terminal: bool = True,
         window_batch_size: int = 64,
         transition_batch_size: int = 256,
         holdout: float = 0.2,
@@ -75,7 +79,7 @@ class TrajectoryData(TransitionData):
             raise ConfigError(
                 f"data.n_step is {self.hparams['n_step']}, but models of the data predict single steps; use 1"
             )
-        self.horizon, self.padding = horizon, padding
+        self.horizon, self.padding, self.terminal = horizon, padding, terminal
         self.window_batch_size, self.transition_batch_size = window_batch_size, transition_batch_size
 
     # ---------------------------------------------------------------- loading
@@ -100,12 +104,14 @@ class TrajectoryData(TransitionData):
         after = torch.cat([episodes.next_obs, raw[:, episodes.obs_dim :]], dim=1)
         self.limits = LimitsNormalizer.fit(torch.stack([raw, after]))
         self.scaled = self.limits.normalize(raw)
+        self.final = self.limits.normalize(after[episodes.ends - 1])[:, : episodes.obs_dim]
+        terminal = episodes.terminated[episodes.ends - 1] & self.terminal
+        self.episode, self.ends, self.known_ends = episodes.episode, episodes.ends, episodes.ends + terminal
         self.first_steps = steps
         self.still = self.limits.normalize(torch.zeros(raw.shape[1]))[episodes.obs_dim :]
-        self.ends = torch.repeat_interleave(episodes.ends, episodes.lengths)
         if self.horizon is None:
             return
-        count = (episodes.lengths - self.horizon).clamp_min(0) + 1
+        count = torch.where(terminal, episodes.lengths, (episodes.lengths - self.horizon).clamp_min(0) + 1)
         if self.padding == "drop":
             count = count * (episodes.lengths >= self.horizon)
         if not bool(count.any()):
@@ -121,15 +127,16 @@ class TrajectoryData(TransitionData):
     def windows(self, start: Tensor, horizon: int) -> TrajectoryBatch:
         """Windows from rows ``(B,)`` on, of ``horizon`` steps."""
         rows = start[:, None] + torch.arange(horizon, device=start.device)
-        end = self.ends[start][:, None]
-        mask = rows < end
-        trajectory = self.scaled[torch.minimum(rows, end - 1)]
+        episode = self.episode[start]
+        end, known = self.ends[episode][:, None], self.known_ends[episode][:, None]
+        inside, mask = (rows < end)[..., None], rows < known
+        state, action = self.scaled[torch.minimum(rows, end - 1)].tensor_split([-len(self.still)], dim=-1)
+        state = torch.where(inside | (known == end)[..., None], state, self.final[episode][:, None])
+        trajectory = torch.cat([state, torch.where(inside, action, self.still)], dim=-1)
         if self.padding == "constant":
             trajectory = torch.where(mask[..., None], trajectory, PADDING)
-            return TrajectoryBatch(trajectory, torch.ones_like(mask))
-        width = len(self.still)
-        action = torch.where(mask[..., None], trajectory[..., -width:], self.still)
-        return TrajectoryBatch(torch.cat([trajectory[..., :-width], action], dim=-1), mask)
+            mask = torch.ones_like(mask)
+        return TrajectoryBatch(trajectory, mask)
 
     def draw(self, phase: Any, place: Place) -> PolicyBatch | TrajectoryBatch:  # type: ignore[override]
         """The batch of an update: windows, transitions for each member, or a learner's transitions."""
@@ -183,8 +190,8 @@ class TrajectoryData(TransitionData):
         if self.table.device == device:
             return
         super().to(device)
-        names = ("scaled", "ends", "still", "usable", "held_out", "initial", *(["starts"] if self.horizon else []))
-        for name in names:
+        names = ["scaled", "final", "episode", "ends", "known_ends", "still", "usable", "held_out", "initial"]
+        for name in names + ["starts"] * (self.horizon is not None):
             setattr(self, name, getattr(self, name).to(device))
         self.bootstraps, self.blocks = {}, Blocks()
 
@@ -199,7 +206,7 @@ class TrajectoryData(TransitionData):
 
     def recorded(self, count: int) -> tuple[Tensor, Tensor]:
         """Whole windows spread evenly over the data: states ``(n, H, obs)`` and actions ``(n, H, action)``, raw."""
-        whole = self.starts[self.starts + self.require_windows() <= self.ends[self.starts]]
+        whole = self.starts[self.starts + self.require_windows() <= self.ends[self.episode[self.starts]]]
         if len(whole) == 0:
             raise DataError(
                 f"{self._name()}: no episode has data.horizon {self.horizon} steps to compare with; lower it"

@@ -67,9 +67,9 @@ class DyDiff(DynamicsModels):
     and model means (diffusion policies draw); a softmax filter on z-scores without replacement. From its code: the
     conditions enter the network as they are, not scaled with the noisy states, which leaves nearly nothing of them at
     high noise, where they alone tell where the trajectory goes (``denoiser.scale_conditions``); they are written in
-    after churn too; the loss leaves them and padding out; the limits of states hold those that end episodes, without
-    which no predicted state would be terminal; a fallen robot's rewards do not count; the ensemble is trained and
-    stopped as this package's world model is; learners are as published.
+    after churn too; the loss leaves them and padding out; windows and the limits of states hold the states that end
+    episodes, without which no predicted state would be terminal (``data.terminal``); a fallen robot's rewards do not
+    count; the ensemble is trained and stopped as this package's world model is; learners are as published.
 
     Logged, beside the learner's: ``loss/dynamics``, ``loss/reward``, ``val/dynamics_mse`` (as in DMEMM),
     ``loss/diffusion`` (falls quickly below 0.2, then slowly). At each refresh: ``synthetic/return_…`` (mean, std, min,

@@ -52,9 +52,9 @@ def test_an_episode_has_as_many_windows_as_fit_and_a_short_one_has_one(horizon: 
     counts = [max(n - horizon, 0) + 1 if padding == "repeat" or n >= horizon else 0 for n in LENGTHS]
     if not any(counts):
         with pytest.raises(DataError, match=r"no episode has data.horizon 20 steps \(longest 12\)"):
-            data(horizon, padding=padding)
+            data(horizon, padding=padding, terminal=False)
         return
-    made = data(horizon, padding=padding)
+    made = data(horizon, padding=padding, terminal=False)
     assert len(made.starts) == sum(counts)
     firsts = np.cumsum([0, *LENGTHS[:-1]])
     assert made.starts.tolist() == [int(f) + i for f, c in zip(firsts, counts) for i in range(c)]
@@ -86,6 +86,36 @@ def test_padding_repeats_the_last_state_with_still_actions_and_is_not_learnt_fro
     window = raw(made, batch.trajectory)[0]
     torch.testing.assert_close(window[:, 0], torch.tensor([12.0, 13, 14, 14, 14]))
     torch.testing.assert_close(window[3:, 2], torch.zeros(2), rtol=0, atol=1e-7)
+
+
+def test_windows_go_on_to_a_terminal_state_and_no_further() -> None:
+    made = data()
+    assert made.starts.tolist() == [*range(12), 12, *range(15, 19)], "the first episode alone terminates"
+    batch = made.windows(torch.tensor([7, 8, 11]), 5)
+    assert batch.mask.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    window = raw(made, batch.trajectory)
+    states = [[7.0, 8, 9, 10, 11], [8, 9, 10, 11, 12], [11, 12, 12, 12, 12]]
+    torch.testing.assert_close(window[..., 0], torch.tensor(states), rtol=0, atol=1e-5)
+    actions = torch.tensor([[0.07, 0.08, 0.09, 0.1, 0.11], [0.08, 0.09, 0.1, 0.11, 0], [0.11, 0, 0, 0, 0]])
+    torch.testing.assert_close(window[..., 2], actions, rtol=0, atol=1e-6)
+    constant = data(padding="constant").windows(torch.tensor([11]), 5)
+    assert constant.mask.all() and (constant.trajectory[0, 2:] == -1.0001).all()
+    assert torch.equal(constant.trajectory[0, :2], batch.trajectory[2, :2])
+
+
+@pytest.mark.parametrize("padding", ["repeat", "constant", "drop"])
+def test_windows_without_terminal_states_are_the_papers(padding: str) -> None:
+    """Equation 2: every window ends at the latest with the last state that was acted in."""
+    made, other = data(terminal=False, padding=padding), data(padding=padding)
+    assert made.starts.tolist() == [*range(8), *([12] if padding != "drop" else []), *range(15, 19)]
+    assert raw(made, made.windows(made.starts, 5).trajectory)[:8, :, 0].max() == 11
+    for x, y in zip(made.windows(made.starts, 5), other.windows(made.starts, 5)):
+        assert torch.equal(x, y)
+
+
+def test_recorded_windows_hold_steps_that_were_acted_in() -> None:
+    obs, _ = data().recorded(100)
+    assert obs.shape[0] == 8 + 4 and obs[:8, -1, 0].max() == 11
 
 
 def test_constant_padding_is_learnt_from() -> None:
