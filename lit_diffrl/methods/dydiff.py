@@ -253,15 +253,17 @@ class DyDiff(DynamicsModels):
 
     # ---------------------------------------------------------------- diagnosis
 
-    def closed_loop(self, horizon: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], dict[str, Tensor]]]:
+    def closed_loop(
+        self, horizon: int
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]]]:
         """The policy, and its rollouts in the models, for comparison with the simulator; all in raw units.
 
         Args:
             horizon: States H of a rollout.
 
         Returns:
-            ``obs (n, obs) -> actions (n, action)`` and ``first states (n, obs) -> states (n, H, obs)``, by name: after
-            the single-step model, and after each round of correction.
+            ``obs (n, obs) -> actions (n, action)`` and ``first states (n, obs) -> (states (n, H, obs), actions
+            (n, H, action))``, by name: after the single-step model, and after each round of correction.
         """
         place = Place(self.current_epoch, AFTER_UPDATES + 2)
 
@@ -271,17 +273,18 @@ class DyDiff(DynamicsModels):
             return self.action_normalizer.unnormalize(chosen).float()
 
         @torch.no_grad()
-        def roll_out(first: Tensor) -> dict[str, Tensor]:
+        def roll_out(first: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
             self.draws.begin(place, self.device)
             x = self.state_limits.normalize(self.to_own(first))
             x, actions = synthesis.single_step_rollout(x, self.act_in, self.step_model, horizon)
-            found, (predict, _) = {"single-step rollout": x}, self.rounds()
+            found, (predict, _) = {"single-step rollout": (x, actions)}, self.rounds()
             for k in range(1, self.rollouts.corrections + 1):
                 x, actions, _ = synthesis.iterate_correction(
                     x, actions, predict, self.act_in, rounds=1, beta=self.rollouts.damping
                 )
-                found[f"correction {k}"] = x
-            return {name: self.state_limits.unnormalize(x).float() for name, x in found.items()}
+                found[f"correction {k}"] = x, actions
+            raw, units = self.state_limits.unnormalize, self.action_normalizer.unnormalize
+            return {name: (raw(x).float(), units(a).float()) for name, (x, a) in found.items()}
 
         return policy, roll_out
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lit_diffrl.errors import check_range
 from lit_diffrl.rollout.callback import _checkpoint_name, _rehearsing, _run_folder
-from lit_diffrl.rollout.model_errors import ModelErrors, closed_loop_errors, errors_figure, model_errors
+from lit_diffrl.rollout.model_errors import (
+    ModelErrors,
+    closed_loop_errors,
+    errors_figure,
+    model_errors,
+    one_step_errors,
+    wholly_observed,
+)
 from lit_diffrl.rollout.pictures import encode_png, figure_pixels
 from lit_diffrl.rollout.replay import Simulator
 from lit_diffrl.rollout.results import unused_name, write_bytes, write_json
@@ -25,7 +32,8 @@ class ModelCheck(Callback):
     ``fit`` does so once, when the models are finished and the policy begins to learn; ``test`` with a checkpoint, and
     writes the numbers into ``results/``. The picture goes into TensorBoard (``model/errors``) and ``pictures/``.
     ``test`` also compares the policy's rollouts in the models, after each round of correction, with its own in the
-    simulator: what the rounds are to reduce.
+    simulator (``…-rollouts``), which the rounds are to bring closer, and each of their steps with the simulator's from
+    the same predicted state (``…-steps``).
 
     Logged: ``model/<name>_<horizon>``, mean squared error of a state's entries in units of their deviations; 2 is that
     of a state that has nothing to do with the true one. ``first_state`` is the error of predicting that nothing moves;
@@ -64,7 +72,7 @@ class ModelCheck(Callback):
         if not self._wanted(trainer, method):
             return
         folder = _run_folder(trainer) / "results"
-        found = {"models": self._measure(trainer, method), "rollouts": self._measure_rollouts(trainer, method)}
+        found = {"models": self._measure(trainer, method), **self._measure_rollouts(trainer, method)}
         for kind, errors in found.items():
             name = unused_name(folder, f"{_checkpoint_name(trainer)}-{kind}")
             values = {
@@ -85,11 +93,16 @@ class ModelCheck(Callback):
         with Simulator(method.spec) as simulator:
             return model_errors(simulator, obs.cpu(), actions.cpu(), _deviations(obs), method.predictors)
 
-    def _measure_rollouts(self, trainer: Trainer, method: Any) -> ModelErrors:
+    def _measure_rollouts(self, trainer: Trainer, method: Any) -> dict[str, ModelErrors]:
         obs, _ = trainer.datamodule.recorded(self.starts)  # type: ignore[attr-defined]
         policy, roll_out = method.closed_loop(obs.shape[1])
         with Simulator(method.spec) as simulator:
-            return closed_loop_errors(simulator, obs[:, 0].cpu(), policy, roll_out, _deviations(obs))
+            rollouts = roll_out(obs[wholly_observed(simulator, obs[:, 0]), 0].cpu())
+            states = {name: states for name, (states, _) in rollouts.items()}
+            return {
+                "rollouts": closed_loop_errors(simulator, states, policy, _deviations(obs)),
+                "steps": one_step_errors(simulator, rollouts, _deviations(obs)),
+            }
 
     @staticmethod
     def _draw(trainer: Trainer, method: Any, errors: ModelErrors, name: str, step: int) -> None:

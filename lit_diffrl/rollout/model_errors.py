@@ -1,6 +1,7 @@
 """How far models of the dynamics can be trusted: their error against the simulator, by horizon (DyDiff, Fig. 3).
 
-With the data's own actions (open loop), or with those that a policy chooses in the states it comes to (closed loop).
+With the data's own actions (open loop), or with those that a policy chooses in the states it comes to (closed loop);
+and whether each predicted step is one that the simulator would take, wherever the steps before have led.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.rollout.pictures import INK
-from lit_diffrl.rollout.replay import Replay, Simulator, replay
+from lit_diffrl.rollout.replay import Simulator, replay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +27,8 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 Policy = Callable[[Tensor], Tensor]
 """``observations (n, obs) -> actions (n, action)``, both raw."""
 
-RollOut = Callable[[Tensor], Mapping[str, Tensor]]
-"""``first states (n, obs) -> states (n, H, obs)`` by name, all raw."""
+RollOut = Callable[[Tensor], Mapping[str, tuple[Tensor, Tensor]]]
+"""``first states (n, obs) -> (states (n, H, obs), actions (n, H, action))`` by name, all raw."""
 
 DATASET, START = "recorded states", "first state"
 HORIZONS = (1, 5, 10, 20, 50, 99)
@@ -41,7 +42,7 @@ class ModelErrors:
     Args:
         mean: ``(H,)`` by name: mean over rows at each horizon, 0 first.
         median: ``(H,)`` by name, likewise.
-        rows: ``(H,)`` rows that had not ended before.
+        rows: ``(H,)`` rows that count: they had not ended before. Of several numbers the least.
     """
 
     mean: dict[str, np.ndarray]
@@ -77,15 +78,16 @@ def model_errors(
     Raises:
         ConfigError: When no first state is wholly observed.
     """
-    usable = _usable(simulator, obs[:, 0])
+    usable = wholly_observed(simulator, obs[:, 0])
     obs, actions = obs.cpu()[usable], actions.cpu()[usable]
     truth = replay(simulator, obs[:, 0].double().numpy(), actions.double().numpy())
     predicted = {name: model(obs[:, 0], actions) for name, model in models.items()}
-    return _compare(truth, {**predicted, START: obs[:, :1].expand_as(obs), DATASET: obs}, scale)
+    predicted |= {START: obs[:, :1].expand_as(obs), DATASET: obs}
+    return _summary({k: (_squares(x, truth.states, scale), truth.counts) for k, x in predicted.items()})
 
 
 def closed_loop_errors(
-    simulator: Simulator, first: Tensor, policy: Policy, roll_out: RollOut, scale: Tensor
+    simulator: Simulator, rollouts: Mapping[str, Tensor], policy: Policy, scale: Tensor
 ) -> ModelErrors:
     """Compare rollouts of a policy in models with those in the simulator, from the same states.
 
@@ -93,25 +95,55 @@ def closed_loop_errors(
 
     Args:
         simulator: Of the dataset.
-        first: ``(n, obs)`` raw first states.
+        rollouts: The policy's states in models ``(n, H, obs)`` by name, raw, from the same first states.
         policy: Acts, in the simulator, without noise of its own.
-        roll_out: The same policy's rollouts in models.
         scale: ``(obs,)`` deviations of the states.
     """
-    first = first.cpu()[_usable(simulator, first)]
-    rollouts = roll_out(first)
-    states = [simulator.state_of(row) for row in first.double().numpy()]
-    horizon = next(iter(rollouts.values())).shape[1]
+    imagined = next(iter(rollouts.values())).cpu()
+    states = [simulator.state_of(row) for row in imagined[:, 0].double().numpy()]
+    horizon = imagined.shape[1]
 
     def choose(obs: np.ndarray, t: int) -> np.ndarray:
         return policy(torch.from_numpy(obs).float()).double().cpu().numpy()
 
     truth = simulator.run(states, choose, horizon)
-    return _compare(truth, {**rollouts, START: first[:, None].expand(-1, horizon, -1)}, scale)
+    predicted = {**rollouts, START: imagined[:, :1].expand_as(imagined)}
+    return _summary({k: (_squares(x, truth.states, scale), truth.counts) for k, x in predicted.items()})
 
 
-def _usable(simulator: Simulator, first: Tensor) -> Tensor:
-    """Which first states the simulator can be set to; an error when it is none."""
+def one_step_errors(simulator: Simulator, rollouts: Mapping[str, tuple[Tensor, Tensor]], scale: Tensor) -> ModelErrors:
+    """Compare each step of rollouts with the simulator's from the same predicted state: their consistency.
+
+    A rollout far from the policy's true one may still be made of possible steps, and a learner can use it. At horizon
+    t it is the step into state t that is judged. Steps after one that ends the episode do not count, nor do those from
+    states that the simulator cannot be set to (a velocity at its clip).
+
+    Args:
+        simulator: Of the dataset.
+        rollouts: States ``(n, H, obs)`` and the actions taken in them ``(n, H, action)`` by name, raw.
+        scale: ``(obs,)`` deviations of the states.
+    """
+    found = {}
+    for name, (states, actions) in rollouts.items():
+        before, after = states[:, :-1].cpu().double().numpy(), states[:, 1:].cpu()
+        shape = before.shape[:2]
+        flat = before.reshape(-1, before.shape[2])
+        action = actions[:, :-1].cpu().double().numpy().reshape(len(flat), -1)
+        truth = replay(simulator, flat, np.stack([action, action], axis=1))
+        ended = np.cumsum(truth.terminated.reshape(shape), axis=1) - truth.terminated.reshape(shape) > 0
+        counts = simulator.settable(flat).reshape(shape) & ~ended
+        error = _squares(after, truth.states[:, 1].reshape(*shape, -1), scale)
+        # Horizon 0 is the first state, into which no step leads.
+        found[name] = np.pad(error, ((0, 0), (1, 0))), np.pad(counts, ((0, 0), (1, 0)))
+    return _summary(found)
+
+
+def wholly_observed(simulator: Simulator, first: Tensor) -> Tensor:
+    """Which first states ``(n, obs)`` the simulator can be set to, ``(n,)`` bool.
+
+    Raises:
+        ConfigError: When it is none.
+    """
     usable = torch.from_numpy(simulator.settable(first.double().cpu().numpy()))
     if not usable.any():
         raise ConfigError(
@@ -121,15 +153,20 @@ def _usable(simulator: Simulator, first: Tensor) -> Tensor:
     return usable
 
 
-def _compare(truth: Replay, predicted: Mapping[str, Tensor], scale: Tensor) -> ModelErrors:
-    states, deviations = torch.from_numpy(truth.states), scale.double().cpu()
+def _squares(guess: Tensor, truth: np.ndarray, scale: Tensor) -> np.ndarray:
+    """Mean squares ``(n, H)`` of the differences of states ``(n, H, obs)`` in their deviations."""
+    error = (guess.cpu().double() - torch.from_numpy(truth)) / scale.double().cpu()
+    return error.square().mean(-1).numpy()
+
+
+def _summary(found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> ModelErrors:
+    """Means and medians over those errors ``(n, H)`` that count ``(n, H)``, by name."""
     mean, median = {}, {}
-    for name, guess in predicted.items():
-        error = ((guess.cpu().double() - states) / deviations).square().mean(-1).numpy()
-        counted = np.ma.masked_array(error, ~truth.counts)
+    for name, (error, counts) in found.items():
+        counted = np.ma.masked_array(error, ~counts)
         mean[name] = np.ma.filled(counted.mean(axis=0), np.nan)
         median[name] = np.ma.filled(np.ma.median(counted, axis=0), np.nan)
-    return ModelErrors(mean, median, truth.counts.sum(axis=0))
+    return ModelErrors(mean, median, np.min([counts.sum(axis=0) for _, counts in found.values()], axis=0))
 
 
 def errors_figure(errors: ModelErrors, title: str) -> Figure:

@@ -201,8 +201,10 @@ def test_the_closed_loop_is_compared_as_it_is_rolled_out(data: TrajectoryData) -
     assert list(found) == ["single-step rollout", "correction 1", "correction 2"]
     method.draws.begin(Place(0, AFTER_UPDATES + 2), torch.device("cpu"))
     with torch.no_grad():
-        made = method.roll_out(method.obs_normalizer.normalize(first), H).states
-    torch.testing.assert_close(found["correction 2"], method.obs_normalizer.unnormalize(made), rtol=1e-3, atol=1e-3)
+        made = method.roll_out(method.obs_normalizer.normalize(first), H)
+    states, actions = found["correction 2"]
+    torch.testing.assert_close(states, method.obs_normalizer.unnormalize(made.states), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(actions, method.action_normalizer.unnormalize(made.actions), rtol=1e-3, atol=1e-3)
 
 
 def test_rewards_and_disagreement_do_not_depend_on_the_parts_they_are_computed_in(data: TrajectoryData) -> None:

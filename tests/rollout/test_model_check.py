@@ -40,6 +40,10 @@ def test_models_are_compared_once_when_they_are_finished_and_again_by_test(
     assert list(closed) == ["single-step rollout", "correction 1", "correction 2", "first state"]
     assert all(np.shape(errors) == (32,) and errors[0] < 1e-6 < errors[20] for errors in closed.values())
     assert closed["correction 1"] != closed["correction 2"] and (run / "pictures/last-rollouts.png").exists()
+    steps = json.loads((run / "results/last-steps.json").read_text())
+    assert list(steps["mean"]) == ["single-step rollout", "correction 1", "correction 2"]
+    assert steps["rows"] == [0] + [5] * 31 and (run / "pictures/last-steps.png").exists()
+    assert min(min(errors[1:]) for errors in steps["mean"].values()) > 1e-8, "of models that have hardly learnt"
     assert main([*test, "--model_check.starts=0"]) == 0
     assert len(list((run / "results").glob("*-models*"))) == 1
 
