@@ -31,6 +31,7 @@ from lit_diffrl.typos import find_class, parameters
 CONF = Path(__file__).parents[1] / "conf"
 MAIN = [*sorted(CONF.glob("*.yaml")), *sorted(CONF.glob("paper/*/*.yaml"))]
 OVERLAYS = sorted(CONF.glob("data/*.yaml"))
+SHORT = sorted(CONF.glob("short/*.yaml"))
 SMALL = [
     "--data.updates_per_epoch=2",
     "--rollout.episodes=1",
@@ -214,6 +215,19 @@ def test_a_data_file_trains_by_the_command_it_shows(path: Path) -> None:
     dataset = yaml.safe_load(path.read_text())["data"]["init_args"]["dataset"]
     checkpoint = fit(paths, "--model.dim=8", "--rollout.video=false")
     assert checkpoint["datamodule_hyper_parameters"]["dataset"] == dataset
+
+
+@pytest.mark.parametrize("path", SHORT, ids=name)
+def test_a_short_file_trains_by_the_command_it_shows(path: Path) -> None:
+    command = re.search(r"^# +(python -m lit_diffrl fit .*)$", path.read_text(), re.MULTILINE)
+    assert command, f"{name(path)} does not say how it is used"
+    paths = [word for word in shlex.split(command[1]) if word.endswith(".yaml")]
+    assert paths[-1] == f"conf/{name(path)}.yaml"
+    given, papers = (merged([file])["model"]["init_args"] for file in (path, paths[0]))
+    options = fit(paths)["hyper_parameters"]
+    assert {key: options["critic"][key] for key in given["critic"]} == given["critic"]
+    short, long = (sum(v for key, v in said.items() if key.endswith("_epochs")) for said in (given, papers))
+    assert 10 < short <= 30 and short * 20 < long
 
 
 @pytest.mark.parametrize("path", [p for p in OVERLAYS if "-multi" not in p.name], ids=name)
