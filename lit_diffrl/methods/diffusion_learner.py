@@ -18,7 +18,13 @@ from lit_diffrl.methods.diffusion_policy import DiffusionPolicy
 from lit_diffrl.methods.losses import td_target
 from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.options import EMAOptions
-from lit_diffrl.methods.policy_options import ActionSamplerOptions, CriticOptions, NoiseNetOptions, SelectionOptions
+from lit_diffrl.methods.policy_options import (
+    ActionSamplerOptions,
+    CriticOptions,
+    NoiseNetOptions,
+    SamplerChanges,
+    SelectionOptions,
+)
 from lit_diffrl.nets.ema import EMA
 
 SCHEDULES = ("vp", "linear", "linear_unscaled", "cosine")
@@ -42,7 +48,7 @@ class DiffusionLearner(OfflineLearner):
         n_diffusion_steps: int,
         schedule: str,
         sampler: ActionSamplerOptions,
-        eval_sampler: ActionSamplerOptions | None,
+        eval_sampler: SamplerChanges | None,
         selection: SelectionOptions,
         net: NoiseNetOptions,
         critic: CriticOptions,
@@ -62,7 +68,7 @@ class DiffusionLearner(OfflineLearner):
         self.policy_epochs = policy_epochs
         self.lr, self.lr_decay, self.grad_clip = lr, lr_decay, grad_clip
         self.sampler, self.selection, self.critic_options = sampler, selection, critic
-        self.eval_sampler = sampler if eval_sampler is None else as_options(ActionSamplerOptions(), eval_sampler)
+        self.eval_sampler = as_options(SamplerChanges(), eval_sampler or SamplerChanges()).of(sampler)
         self.net_options = as_options(NoiseNetOptions(), net)
         self.ema_options = as_options(POLICY_EMA, ema)
         for name, options in (("sampler", self.sampler), ("eval_sampler", self.eval_sampler)):

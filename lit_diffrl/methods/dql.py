@@ -17,7 +17,13 @@ from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.diffusion_learner import POLICY_EMA, DiffusionLearner
 from lit_diffrl.methods.losses import normalized_q_loss, td_loss
 from lit_diffrl.methods.options import EMAOptions
-from lit_diffrl.methods.policy_options import ActionSamplerOptions, CriticOptions, NoiseNetOptions, SelectionOptions
+from lit_diffrl.methods.policy_options import (
+    ActionSamplerOptions,
+    CriticOptions,
+    NoiseNetOptions,
+    SamplerChanges,
+    SelectionOptions,
+)
 
 DDPM = ActionSamplerOptions()
 TARGET_OF_50 = SelectionOptions(candidates=50, critic="target")
@@ -50,7 +56,7 @@ class DiffusionQL(DiffusionLearner):
         n_diffusion_steps: Diffusion steps K.
         schedule: ``vp`` (the code's), ``linear``, ``linear_unscaled`` or ``cosine``.
         sampler: How actions of the critics' targets and of the policy loss are drawn.
-        eval_sampler: How actions are drawn at evaluation; null as in training.
+        eval_sampler: What is different about drawing actions at evaluation.
         selection: Choice among candidates at evaluation.
         net: The noise network.
         critic: The critics and their targets.
@@ -69,7 +75,7 @@ class DiffusionQL(DiffusionLearner):
         n_diffusion_steps: int = 5,
         schedule: Literal["vp", "linear", "linear_unscaled", "cosine"] = "vp",
         sampler: ActionSamplerOptions = DDPM,
-        eval_sampler: ActionSamplerOptions | None = None,
+        eval_sampler: SamplerChanges | None = None,
         selection: SelectionOptions = TARGET_OF_50,
         net: NoiseNetOptions = NoiseNetOptions(),
         critic: CriticOptions = CriticOptions(),

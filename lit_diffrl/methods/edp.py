@@ -30,7 +30,13 @@ from lit_diffrl.methods.losses import (
     td_target,
 )
 from lit_diffrl.methods.options import EMAOptions
-from lit_diffrl.methods.policy_options import ActionSamplerOptions, CriticOptions, NoiseNetOptions, SelectionOptions
+from lit_diffrl.methods.policy_options import (
+    ActionSamplerOptions,
+    CriticOptions,
+    NoiseNetOptions,
+    SamplerChanges,
+    SelectionOptions,
+)
 from lit_diffrl.nets.critics import ValueNet
 
 DPM = ActionSamplerOptions(name="dpm")
@@ -47,7 +53,7 @@ class EDP(DiffusionLearner):
         n_diffusion_steps: Diffusion steps K.
         schedule: ``linear`` (the code's), ``vp``, ``cosine`` or ``linear_unscaled``.
         sampler: How actions of the critics' targets are drawn.
-        eval_sampler: How actions are drawn at evaluation; null as in training.
+        eval_sampler: What is different about drawing actions at evaluation.
         selection: Choice among candidates at evaluation.
         net: The noise network.
         critic: The critics and their targets.
@@ -65,7 +71,7 @@ class EDP(DiffusionLearner):
         n_diffusion_steps: int = 1000,
         schedule: Literal["vp", "linear", "linear_unscaled", "cosine"] = "linear",
         sampler: ActionSamplerOptions = DPM,
-        eval_sampler: ActionSamplerOptions | None = None,
+        eval_sampler: SamplerChanges | None = None,
         selection: SelectionOptions = SelectionOptions(),
         net: NoiseNetOptions = NoiseNetOptions(),
         critic: CriticOptions = EDP_CRITIC,

@@ -27,7 +27,13 @@ from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
 from lit_diffrl.methods.agent import Variant
 from lit_diffrl.methods.agreement import refuse_other_data, refuse_other_shapes
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Phase, as_options
-from lit_diffrl.methods.energy_options import BehaviourOptions, EnergyOptions, SolverOptions, SupportOptions
+from lit_diffrl.methods.energy_options import (
+    BehaviourOptions,
+    EnergyOptions,
+    SolverChanges,
+    SolverOptions,
+    SupportOptions,
+)
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.policy_options import CriticOptions
@@ -77,8 +83,7 @@ class EnergyLearner(OfflineLearner):
         rescale_norm: Norms of Eq. 45: of each ``sample``, of the whole ``batch``, or of the guidance ``term`` alone.
         guidance_t_max: Time above which there is no guidance; 1 for guidance throughout.
         sampler: How support actions are drawn, and actions unless ``eval_sampler`` says otherwise.
-        eval_sampler: How actions are drawn; null as ``sampler``. What a group of it leaves out is QGPO's default, not
-            what ``sampler`` has.
+        eval_sampler: What is different about drawing actions.
         behaviour: The behaviour model.
         energy: The energy network.
         critic: The critics and their targets.
@@ -101,7 +106,7 @@ class EnergyLearner(OfflineLearner):
         rescale_norm: Literal["sample", "batch", "term"] = "sample",
         guidance_t_max: float = 1.0,
         sampler: SolverOptions = SolverOptions(),
-        eval_sampler: SolverOptions | None = None,
+        eval_sampler: SolverChanges | None = None,
         behaviour: BehaviourOptions = BehaviourOptions(),
         energy: EnergyOptions = EnergyOptions(),
         critic: CriticOptions = RELU_CRITIC,
@@ -126,7 +131,7 @@ class EnergyLearner(OfflineLearner):
         self.rescale_norm, self.guidance_t_max = rescale_norm, guidance_t_max
         self.acting: tuple[float, bool] = (self.degrees[0], self.rescalings[0])
         self.sampler = as_options(SolverOptions(), sampler)
-        self.eval_sampler = self.sampler if eval_sampler is None else as_options(SolverOptions(), eval_sampler)
+        self.eval_sampler = as_options(SolverChanges(), eval_sampler or SolverChanges()).of(self.sampler)
         self.behaviour_options = as_options(BehaviourOptions(), behaviour)
         self.energy_options = as_options(EnergyOptions(), energy)
         self.critic_options = as_options(RELU_CRITIC, critic)

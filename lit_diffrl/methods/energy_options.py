@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lit_diffrl.errors import ConfigError, check_choice, check_range
@@ -42,6 +42,38 @@ class SolverOptions:
         check_choice("sampler.grid", self.grid, ("time_uniform", "logsnr"))
         check_choice("sampler.predict", self.predict, ("data", "noise"))
         check_range("sampler.t_end", self.t_end, 0, 1, low_open=True, high_open=True)
+
+
+@dataclass(frozen=True)
+class SolverChanges:
+    """What is different about the solver when acting; null is as in :class:`SolverOptions`.
+
+    Args:
+        steps: Network calls.
+        order: 1 or 2.
+        method: ``singlestep`` or ``multistep``.
+        grid: ``time_uniform`` or ``logsnr``.
+        predict: ``data`` or ``noise``.
+        lower_order_final: Make the last step of ``multistep`` of order 1.
+        t_end: Time at which the solution ends.
+        final_denoise: One call more at the end.
+    """
+
+    steps: int | None = None
+    order: int | None = None
+    method: Literal["singlestep", "multistep"] | None = None
+    grid: Literal["time_uniform", "logsnr"] | None = None
+    predict: Literal["data", "noise"] | None = None
+    lower_order_final: bool | None = None
+    t_end: float | None = None
+    final_denoise: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.of(SolverOptions())  # which refuses what no sampler takes
+
+    def of(self, solver: SolverOptions) -> SolverOptions:
+        """The solver with these changes."""
+        return replace(solver, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lit_diffrl.errors import ConfigError, check_choice, check_range
@@ -57,6 +57,45 @@ class ActionSamplerOptions:
     def calls(self, num_steps: int) -> int:
         """Network calls of one action, for a schedule of ``num_steps`` steps."""
         return self.steps or (15 if self.name == "dpm" else num_steps)
+
+
+@dataclass(frozen=True)
+class SamplerChanges:
+    """What is different about the sampler at evaluation; null is as in training.
+
+    With another ``name`` the sampler takes all its calls and has its own options, unless they are given too.
+
+    Args:
+        name: See :class:`ActionSamplerOptions`, as all.
+        steps: Network calls.
+        order: Order of ``dpm``.
+        method: Form of ``dpm``.
+        grid: Times of ``dpm``.
+        variant: Polynomials of ``dpm``.
+        clip: Keep the implied clean action within [-1, 1].
+        noise_scale: Scale of the initial noise.
+        eps_scale: Factor of the predicted noise.
+    """
+
+    name: Literal["ddpm", "ddim", "dpm"] | None = None
+    steps: int | None = None
+    order: int | None = None
+    method: Literal["singlestep", "multistep"] | None = None
+    grid: Literal["time_uniform", "logsnr"] | None = None
+    variant: Literal["plain", "taylor"] | None = None
+    clip: bool | None = None
+    noise_scale: float | None = None
+    eps_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        self.of(ActionSamplerOptions(name="dpm"))  # which refuses what no sampler takes
+
+    def of(self, sampler: ActionSamplerOptions) -> ActionSamplerOptions:
+        """The sampler of training with these changes."""
+        if self.name not in (None, sampler.name):
+            common = {"clip": sampler.clip, "noise_scale": sampler.noise_scale, "eps_scale": sampler.eps_scale}
+            sampler = ActionSamplerOptions(**common)  # type: ignore[arg-type]
+        return replace(sampler, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 @dataclass(frozen=True)

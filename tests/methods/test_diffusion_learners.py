@@ -17,7 +17,9 @@ from lit_diffrl.methods.diffusion_learner import DiffusionLearner
 from lit_diffrl.methods.diffusion_policy import DiffusionPolicy, Noised
 from lit_diffrl.methods.dql import DiffusionQL
 from lit_diffrl.methods.edp import EDPCRR, EDPIQL, EDPTD3
+from lit_diffrl.methods.energy_options import SolverOptions
 from lit_diffrl.methods.policy_options import ActionSamplerOptions, CriticOptions, NoiseNetOptions, SelectionOptions
+from lit_diffrl.methods.qgpo import QGPO
 
 LEARNERS: list[type[DiffusionLearner]] = [EDPTD3, EDPCRR, EDPIQL, DiffusionQL]
 SMALL: dict[str, Any] = {
@@ -223,6 +225,20 @@ def test_the_best_candidate_is_taken_at_temperature_0_and_the_sampler_can_be_exc
     for agent in (method, single):
         agent.reset(seeds=list(range(50)))
     assert method.act(torch.zeros(50, 2)).mean() > single.act(torch.zeros(50, 2)).mean() + 0.1
+
+
+def test_what_is_not_changed_at_evaluation_is_as_in_training() -> None:
+    edp = EDPTD3(sampler={"steps": 9, "order": 2, "noise_scale": 0.5}, eval_sampler={"steps": 3})
+    assert edp.eval_sampler == ActionSamplerOptions("dpm", steps=3, order=2, noise_scale=0.5)
+    other = EDPTD3(sampler={"steps": 9, "order": 2, "noise_scale": 0.5}, eval_sampler={"name": "ddim"})
+    assert other.eval_sampler == ActionSamplerOptions("ddim", noise_scale=0.5), "no option of a sampler that is gone"
+    assert EDPTD3(eval_sampler={"name": "dpm", "clip": False}).eval_sampler == ActionSamplerOptions("dpm", clip=False)
+    assert EDPTD3().eval_sampler == EDPTD3().sampler == EDPTD3(eval_sampler={}).eval_sampler
+    guided = QGPO(sampler={"steps": 8, "method": "multistep"}, eval_sampler={"steps": 4})
+    assert guided.eval_sampler == SolverOptions(steps=4, method="multistep") and guided.sampler.steps == 8
+    for options in ({"steps": 0}, {"noise_scale": -1.0}, {"name": "ddim", "order": 2}, {"method": "half"}):
+        with pytest.raises(ConfigError, match="sampler"):
+            EDPTD3(eval_sampler=options)
 
 
 def test_episodes_do_not_depend_on_their_neighbours() -> None:
