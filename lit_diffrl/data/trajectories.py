@@ -47,8 +47,9 @@ class TrajectoryData(TransitionData):
         horizon: Steps H of a window; null for methods that need none.
         padding: Windows of episodes shorter than H: ``repeat`` the last state with zero actions, not learnt from;
             ``constant`` -1.0001, learnt from (DyDiff's code); ``drop`` leaves these episodes out.
-        terminal: Windows go on to an episode's terminal state, its action zero, and are padded after it; false ends
-            all windows with the last state acted in, as the papers'. Without effect where nothing terminates.
+        terminal: Windows go on to an episode's terminal state, which then stays, whatever actions follow: those of the
+            next episode, as zeros would tell the model of the end before it comes. False ends all windows with the
+            last state acted in, as the papers'. Without effect where nothing terminates.
         window_batch_size: Windows per update and process.
         transition_batch_size: Transitions per member of an ensemble, update and process; of SynthER's denoiser too.
         holdout: Fraction of the transitions held out to stop the world model early, at most 5,000.
@@ -105,13 +106,13 @@ class TrajectoryData(TransitionData):
         self.limits = LimitsNormalizer.fit(torch.stack([raw, after]))
         self.scaled = self.limits.normalize(raw)
         self.final = self.limits.normalize(after[episodes.ends - 1])[:, : episodes.obs_dim]
-        terminal = episodes.terminated[episodes.ends - 1] & self.terminal
-        self.episode, self.ends, self.known_ends = episodes.episode, episodes.ends, episodes.ends + terminal
+        self.falls = episodes.terminated[episodes.ends - 1] & self.terminal
+        self.episode, self.ends = episodes.episode, episodes.ends
         self.first_steps = steps
         self.still = self.limits.normalize(torch.zeros(raw.shape[1]))[episodes.obs_dim :]
         if self.horizon is None:
             return
-        count = torch.where(terminal, episodes.lengths, (episodes.lengths - self.horizon).clamp_min(0) + 1)
+        count = torch.where(self.falls, episodes.lengths, (episodes.lengths - self.horizon).clamp_min(0) + 1)
         if self.padding == "drop":
             count = count * (episodes.lengths >= self.horizon)
         if not bool(count.any()):
@@ -128,15 +129,17 @@ class TrajectoryData(TransitionData):
         """Windows from rows ``(B,)`` on, of ``horizon`` steps."""
         rows = start[:, None] + torch.arange(horizon, device=start.device)
         episode = self.episode[start]
-        end, known = self.ends[episode][:, None], self.known_ends[episode][:, None]
-        inside, mask = (rows < end)[..., None], rows < known
-        state, action = self.scaled[torch.minimum(rows, end - 1)].tensor_split([-len(self.still)], dim=-1)
-        state = torch.where(inside | (known == end)[..., None], state, self.final[episode][:, None])
-        trajectory = torch.cat([state, torch.where(inside, action, self.still)], dim=-1)
+        end, falls = self.ends[episode][:, None], self.falls[episode][:, None]
+        inside, width = rows < end, len(self.still)
+        state = self.scaled[torch.minimum(rows, end - 1), :-width]
+        state = torch.where((inside | ~falls)[..., None], state, self.final[episode][:, None])
+        action = self.scaled[rows % len(self.scaled), -width:]
+        action = torch.where((inside | falls)[..., None], action, self.still)
+        trajectory = torch.cat([state, action], dim=-1)
         if self.padding == "constant":
-            trajectory = torch.where(mask[..., None], trajectory, PADDING)
-            mask = torch.ones_like(mask)
-        return TrajectoryBatch(trajectory, mask)
+            known = inside | (falls & (rows == end))
+            return TrajectoryBatch(torch.where(known[..., None], trajectory, PADDING), torch.ones_like(known))
+        return TrajectoryBatch(trajectory, inside | falls)
 
     def draw(self, phase: Any, place: Place) -> PolicyBatch | TrajectoryBatch:  # type: ignore[override]
         """The batch of an update: windows, transitions for each member, or a learner's transitions."""
@@ -190,7 +193,7 @@ class TrajectoryData(TransitionData):
         if self.table.device == device:
             return
         super().to(device)
-        names = ["scaled", "final", "episode", "ends", "known_ends", "still", "usable", "held_out", "initial"]
+        names = ["scaled", "final", "episode", "ends", "falls", "still", "usable", "held_out", "initial"]
         for name in names + ["starts"] * (self.horizon is not None):
             setattr(self, name, getattr(self, name).to(device))
         self.bootstraps, self.blocks = {}, Blocks()

@@ -88,16 +88,18 @@ def test_padding_repeats_the_last_state_with_still_actions_and_is_not_learnt_fro
     torch.testing.assert_close(window[3:, 2], torch.zeros(2), rtol=0, atol=1e-7)
 
 
-def test_windows_go_on_to_a_terminal_state_and_no_further() -> None:
+def test_windows_go_on_to_a_terminal_state_which_stays_whatever_is_done() -> None:
     made = data()
     assert made.starts.tolist() == [*range(12), 12, *range(15, 19)], "the first episode alone terminates"
     batch = made.windows(torch.tensor([7, 8, 11]), 5)
-    assert batch.mask.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch.mask.int().tolist() == [[1] * 5] * 3
     window = raw(made, batch.trajectory)
     states = [[7.0, 8, 9, 10, 11], [8, 9, 10, 11, 12], [11, 12, 12, 12, 12]]
     torch.testing.assert_close(window[..., 0], torch.tensor(states), rtol=0, atol=1e-5)
-    actions = torch.tensor([[0.07, 0.08, 0.09, 0.1, 0.11], [0.08, 0.09, 0.1, 0.11, 0], [0.11, 0, 0, 0, 0]])
-    torch.testing.assert_close(window[..., 2], actions, rtol=0, atol=1e-6)
+    first = torch.tensor([[7.0], [8.0], [11.0]])
+    torch.testing.assert_close(window[..., 2], (first + torch.arange(5)) / 100, rtol=0, atol=1e-6)
+    last = data(lengths=(3,)).windows(torch.tensor([1]), 5).trajectory[0, :, 2]
+    assert last.tolist() == pytest.approx([0, 1, -1, 0, 1], abs=1e-6), "of the last episode the first one's"
     constant = data(padding="constant").windows(torch.tensor([11]), 5)
     assert constant.mask.all() and (constant.trajectory[0, 2:] == -1.0001).all()
     assert torch.equal(constant.trajectory[0, :2], batch.trajectory[2, :2])
