@@ -207,6 +207,12 @@ class TrajectoryData(TransitionData):
         rows = torch.arange(len(self.table), device=self.table.device)
         return rows if kind == "transitions" else rows[self.transitions(rows).done == 0]
 
+    def spread_states(self, count: int) -> Tensor:
+        """Raw states ``(n, obs)`` of transitions that end no episode, spread evenly over the data."""
+        rows = self.start_rows("non_terminal")
+        spread = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long().to(rows.device)
+        return self.obs_normalizer.unnormalize(self.transitions(rows[spread]).obs)
+
     def recorded(self, count: int) -> tuple[Tensor, Tensor]:
         """Whole windows spread evenly over the data: states ``(n, H, obs)`` and actions ``(n, H, action)``, raw."""
         whole = self.starts[self.starts + self.require_windows() <= self.ends[self.episode[self.starts]]]

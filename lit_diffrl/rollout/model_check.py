@@ -32,8 +32,8 @@ class ModelCheck(Callback):
     ``fit`` does so once, when the models are finished and the policy begins to learn; ``test`` with a checkpoint, and
     writes the numbers into ``results/``. The picture goes into TensorBoard (``model/errors``) and ``pictures/``.
     ``test`` also compares the policy's rollouts in the models, after each round of correction, with its own in the
-    simulator (``…-rollouts``), which the rounds are to bring closer, and each of their steps with the simulator's from
-    the same predicted state (``…-steps``).
+    simulator (``…-rollouts``), which the rounds are to bring closer, with the share of them that ends in either, and
+    each of their steps with the simulator's from the same predicted state (``…-steps``).
 
     Logged: ``model/<name>_<horizon>``, mean squared error of a state's entries in units of their deviations; 2 is that
     of a state that has nothing to do with the true one. ``first_state`` is the error of predicting that nothing moves;
@@ -79,6 +79,7 @@ class ModelCheck(Callback):
                 "mean": {k: v.tolist() for k, v in errors.mean.items()},
                 "median": {k: v.tolist() for k, v in errors.median.items()},
                 "rows": errors.rows.tolist(),
+                **({"ended": errors.ended} if errors.ended else {}),
             }
             write_json(folder / f"{name}.json", {"dataset": method.spec.dataset_ids, **values})
             self._draw(trainer, method, errors, name, 0)
@@ -94,13 +95,14 @@ class ModelCheck(Callback):
             return model_errors(simulator, obs.cpu(), actions.cpu(), _deviations(obs), method.predictors)
 
     def _measure_rollouts(self, trainer: Trainer, method: Any) -> dict[str, ModelErrors]:
-        obs, _ = trainer.datamodule.recorded(self.starts)  # type: ignore[attr-defined]
-        policy, roll_out = method.closed_loop(obs.shape[1])
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        obs = data.spread_states(self.starts)
+        policy, roll_out = method.closed_loop(data.require_windows())
         with Simulator(method.spec) as simulator:
-            rollouts = roll_out(obs[wholly_observed(simulator, obs[:, 0]), 0].cpu())
-            states = {name: states for name, (states, _) in rollouts.items()}
+            rollouts = roll_out(obs[wholly_observed(simulator, obs)].cpu())
+            states = {name: states.cpu() for name, (states, _) in rollouts.items()}
             return {
-                "rollouts": closed_loop_errors(simulator, states, policy, _deviations(obs)),
+                "rollouts": closed_loop_errors(simulator, states, policy, _deviations(obs), method.rule),
                 "steps": one_step_errors(simulator, rollouts, _deviations(obs)),
             }
 
@@ -116,4 +118,4 @@ class ModelCheck(Callback):
 
 
 def _deviations(obs: Tensor) -> Tensor:
-    return obs.flatten(0, 1).double().std(0).clamp_min(1e-6)
+    return obs.flatten(0, -2).double().std(0).clamp_min(1e-6)

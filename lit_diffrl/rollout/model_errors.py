@@ -7,7 +7,7 @@ and whether each predicted step is one that the simulator would take, wherever t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,9 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 Policy = Callable[[Tensor], Tensor]
 """``observations (n, obs) -> actions (n, action)``, both raw."""
 
+Terminal = Callable[[Tensor], Tensor]
+"""``states (..., obs) raw -> (...) bool``."""
+
 RollOut = Callable[[Tensor], Mapping[str, tuple[Tensor, Tensor]]]
 """``first states (n, obs) -> (states (n, H, obs), actions (n, H, action))`` by name, all raw."""
 
@@ -43,11 +46,13 @@ class ModelErrors:
         mean: ``(H,)`` by name: mean over rows at each horizon, 0 first.
         median: ``(H,)`` by name, likewise.
         rows: ``(H,)`` rows that count: they had not ended before. Of several numbers the least.
+        ended: Share of the rows that come to an end within H steps, in the simulator and in models, by name.
     """
 
     mean: dict[str, np.ndarray]
     median: dict[str, np.ndarray]
     rows: np.ndarray
+    ended: dict[str, float] = field(default_factory=dict)
 
     def at(self, horizons: Sequence[int] = HORIZONS) -> dict[str, float]:
         """Means to log, ``<name>_<horizon>``: those horizons that were reached, names with ``_`` for spaces."""
@@ -87,17 +92,19 @@ def model_errors(
 
 
 def closed_loop_errors(
-    simulator: Simulator, rollouts: Mapping[str, Tensor], policy: Policy, scale: Tensor
+    simulator: Simulator, rollouts: Mapping[str, Tensor], policy: Policy, scale: Tensor, terminal: Terminal
 ) -> ModelErrors:
     """Compare rollouts of a policy in models with those in the simulator, from the same states.
 
-    What the rounds of DyDiff's correction should reduce.
+    The errors are what the rounds of DyDiff's correction should reduce. How many rollouts end tells whether models
+    know of falls, which squared errors hardly show.
 
     Args:
         simulator: Of the dataset.
         rollouts: The policy's states in models ``(n, H, obs)`` by name, raw, from the same first states.
         policy: Acts, in the simulator, without noise of its own.
         scale: ``(obs,)`` deviations of the states.
+        terminal: Which states end an episode.
     """
     imagined = next(iter(rollouts.values())).cpu()
     states = [simulator.state_of(row) for row in imagined[:, 0].double().numpy()]
@@ -108,7 +115,9 @@ def closed_loop_errors(
 
     truth = simulator.run(states, choose, horizon)
     predicted = {**rollouts, START: imagined[:, :1].expand_as(imagined)}
-    return _summary({k: (_squares(x, truth.states, scale), truth.counts) for k, x in predicted.items()})
+    errors = _summary({k: (_squares(x, truth.states, scale), truth.counts) for k, x in predicted.items()})
+    ended = {name: float(terminal(x[:, 1:]).any(dim=1).double().mean()) for name, x in rollouts.items()}
+    return replace(errors, ended={"simulator": float(truth.terminated.any(axis=1).mean()), **ended})
 
 
 def one_step_errors(simulator: Simulator, rollouts: Mapping[str, tuple[Tensor, Tensor]], scale: Tensor) -> ModelErrors:

@@ -169,6 +169,12 @@ def test_rollouts_may_start_from_all_states_from_living_ones_or_from_initial_one
     assert steps["non_terminal"] == [s for s in range(23) if s != 11]
 
 
+def test_states_are_spread_over_what_rollouts_may_start_from() -> None:
+    made = data()
+    torch.testing.assert_close(made.spread_states(100)[:, 0], torch.tensor([*range(11), *range(12, 23)]).float())
+    torch.testing.assert_close(made.spread_states(2), torch.tensor([[0.0, 0.0], [22.0, -44.0]]), rtol=1e-4, atol=1e-4)
+
+
 def test_recorded_windows_are_whole_and_raw() -> None:
     made = data()
     obs, action = made.recorded(4)

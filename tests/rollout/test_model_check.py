@@ -36,7 +36,10 @@ def test_models_are_compared_once_when_they_are_finished_and_again_by_test(
     result = json.loads((run / "results/last-models.json").read_text())
     assert np.shape(result["mean"]["trajectory model"]) == (32,) and result["rows"] == [5] * 32
     assert (run / "pictures/last-models.png").exists()
-    closed = json.loads((run / "results/last-rollouts.json").read_text())["mean"]
+    rollouts = json.loads((run / "results/last-rollouts.json").read_text())
+    closed = rollouts["mean"]
+    assert rollouts["ended"] == dict.fromkeys(["simulator", *list(closed)[:-1]], 0.0), "a maze has no falls"
+    assert "ended" not in result
     assert list(closed) == ["single-step rollout", "correction 1", "correction 2", "first state"]
     assert all(np.shape(errors) == (32,) and errors[0] < 1e-6 < errors[20] for errors in closed.values())
     assert closed["correction 1"] != closed["correction 2"] and (run / "pictures/last-rollouts.png").exists()

@@ -239,9 +239,13 @@ def test_a_policys_rollouts_are_compared_with_its_own_in_the_simulator() -> None
         truth = simulator.run(states, lambda obs, t: policy(torch.from_numpy(obs).float()).numpy(), 15).states
         free = replay(simulator, first.double().numpy(), np.zeros((2, 15, 2))).states
         rollouts = {"exact": torch.from_numpy(truth), "open loop": torch.from_numpy(free)}
-        errors = closed_loop_errors(simulator, rollouts, policy, torch.ones(4))
+        errors = closed_loop_errors(simulator, rollouts, policy, torch.ones(4), lambda x: x[..., 0] > truth[1, 3, 0])
     assert list(errors.mean) == ["exact", "open loop", START]
     assert errors.mean["exact"].max() == 0 < errors.mean["open loop"][1] < errors.mean["open loop"][14]
+    assert list(errors.ended) == ["simulator", "exact", "open loop"] and errors.ended["simulator"] == 0, (
+        "a maze goes on"
+    )
+    assert errors.ended["exact"] == (truth[:, 1:, 0] > truth[1, 3, 0]).any(axis=1).mean() > 0
 
 
 def test_steps_are_compared_from_where_the_rollout_is() -> None:
