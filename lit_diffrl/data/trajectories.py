@@ -3,7 +3,7 @@
 Sources: the data pipelines of DyDiff and SynthER. A *window* is H steps (state, action) of one episode, states first,
 in the model scale: every dimension from -1 to 1 over the whole dataset, the states that end its episodes included. An
 episode of T steps has ``max(T - H, 0) + 1`` of them; a shorter one is padded. Such windows never show how an episode
-ends, so by default those of episodes that end in a terminal state may begin at any of their T steps, and hold it.
+ends, so by default those of episodes that end in a terminal state may begin at any of their T steps and go on to it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ class TrajectoryData(TransitionData):
 
     Args:
         horizon: Steps H of a window; null for methods that need none.
-        padding: Windows of episodes shorter than H: ``repeat`` the last state with zero actions, not learnt from;
-            ``constant`` -1.0001, learnt from (DyDiff's code); ``drop`` leaves these episodes out.
-        terminal: Windows go on to an episode's terminal state, which then stays, whatever actions follow: those of the
-            next episode, as zeros would tell the model of the end before it comes. False ends all windows with the
-            last state acted in, as the papers'. Without effect where nothing terminates.
+        padding: Windows of other episodes that are shorter than H: ``repeat`` the last state with zero actions, not
+            learnt from; ``constant`` -1.0001, learnt from (DyDiff's code). ``drop`` leaves all shorter ones out.
+        terminal: Windows go on to an episode's terminal state, which then stays, whatever actions follow: those of
+            another place in the data, as zeros would tell the model of the end before it comes. These rows are learnt
+            from. False ends all windows with the last state acted in, as the papers'. Without effect where nothing
+            terminates, or where the data does not hold terminal states.
         window_batch_size: Windows per update and process.
         transition_batch_size: Transitions per member of an ensemble, update and process; of SynthER's denoiser too.
         holdout: Fraction of the transitions held out to stop the world model early, at most 5,000.
@@ -105,8 +106,11 @@ class TrajectoryData(TransitionData):
         after = torch.cat([episodes.next_obs, raw[:, episodes.obs_dim :]], dim=1)
         self.limits = LimitsNormalizer.fit(torch.stack([raw, after]))
         self.scaled = self.limits.normalize(raw)
-        self.final = self.limits.normalize(after[episodes.ends - 1])[:, : episodes.obs_dim]
-        self.falls = episodes.terminated[episodes.ends - 1] & self.terminal
+        last = episodes.ends - 1
+        # Where the data has no states after the last ones, those stand in their place, and they are not terminal.
+        moved = (episodes.next_obs[last] != episodes.obs[last]).any(dim=1)
+        self.falls = episodes.terminated[last] & moved & self.terminal
+        self.final = self.limits.normalize(after[last])[:, : episodes.obs_dim]
         self.episode, self.ends = episodes.episode, episodes.ends
         self.first_steps = steps
         self.still = self.limits.normalize(torch.zeros(raw.shape[1]))[episodes.obs_dim :]
@@ -133,13 +137,14 @@ class TrajectoryData(TransitionData):
         inside, width = rows < end, len(self.still)
         state = self.scaled[torch.minimum(rows, end - 1), :-width]
         state = torch.where((inside | ~falls)[..., None], state, self.final[episode][:, None])
-        action = self.scaled[rows % len(self.scaled), -width:]
-        action = torch.where((inside | falls)[..., None], action, self.still)
+        # Half the data away, which is the middle of an episode: how one begins would tell that another has ended.
+        other = torch.where(inside, rows, rows + len(self.scaled) // 2) % len(self.scaled)
+        mask = inside | falls
+        action = torch.where(mask[..., None], self.scaled[other, -width:], self.still)
         trajectory = torch.cat([state, action], dim=-1)
         if self.padding == "constant":
-            known = inside | (falls & (rows == end))
-            return TrajectoryBatch(torch.where(known[..., None], trajectory, PADDING), torch.ones_like(known))
-        return TrajectoryBatch(trajectory, inside | falls)
+            return TrajectoryBatch(torch.where(mask[..., None], trajectory, PADDING), torch.ones_like(mask))
+        return TrajectoryBatch(trajectory, mask)
 
     def draw(self, phase: Any, place: Place) -> PolicyBatch | TrajectoryBatch:  # type: ignore[override]
         """The batch of an update: windows, transitions for each member, or a learner's transitions."""
@@ -208,10 +213,15 @@ class TrajectoryData(TransitionData):
         return rows if kind == "transitions" else rows[self.transitions(rows).done == 0]
 
     def spread_states(self, count: int) -> Tensor:
-        """Raw states ``(n, obs)`` of transitions that end no episode, spread evenly over the data."""
+        """Raw states ``(n, obs)`` of transitions that do not terminate, spread evenly over the data."""
         rows = self.start_rows("non_terminal")
         spread = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long().to(rows.device)
         return self.obs_normalizer.unnormalize(self.transitions(rows[spread]).obs)
+
+    def deviations(self) -> Tensor:
+        """Standard deviations ``(obs,)`` of the data's raw states, the units of errors; of constant ones 1e-6."""
+        states = self.limits.unnormalize(self.scaled)[:, : self.spec.obs_dim]
+        return states.double().std(0, correction=0).clamp_min(1e-6)
 
     def recorded(self, count: int) -> tuple[Tensor, Tensor]:
         """Whole windows spread evenly over the data: states ``(n, H, obs)`` and actions ``(n, H, action)``, raw."""

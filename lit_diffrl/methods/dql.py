@@ -56,7 +56,7 @@ class DiffusionQL(DiffusionLearner):
         n_diffusion_steps: Diffusion steps K.
         schedule: ``vp`` (the code's), ``linear``, ``linear_unscaled`` or ``cosine``.
         sampler: How actions of the critics' targets and of the policy loss are drawn.
-        eval_sampler: What is different about drawing actions at evaluation.
+        eval_sampler: What is different about drawing actions to act with; null as ``sampler``.
         selection: Choice among candidates at evaluation.
         net: The noise network.
         critic: The critics and their targets.

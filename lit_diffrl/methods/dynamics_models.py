@@ -49,7 +49,7 @@ class DynamicsModels(Synthesis, WorldModelPhase):
     window_high: Tensor
     window_std: Tensor
     models = ("world_model", "denoiser", "denoiser_ema", "window_low", "window_high", "window_std")
-    models_data = ("horizon",)
+    models_data = ("horizon", "terminal")
 
     @property
     def model_phases(self) -> list[Phase]:

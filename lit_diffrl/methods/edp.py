@@ -53,7 +53,7 @@ class EDP(DiffusionLearner):
         n_diffusion_steps: Diffusion steps K.
         schedule: ``linear`` (the code's), ``vp``, ``cosine`` or ``linear_unscaled``.
         sampler: How actions of the critics' targets are drawn.
-        eval_sampler: What is different about drawing actions at evaluation.
+        eval_sampler: What is different about drawing actions to act with; null as ``sampler``.
         selection: Choice among candidates at evaluation.
         net: The noise network.
         critic: The critics and their targets.

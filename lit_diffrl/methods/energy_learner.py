@@ -83,7 +83,7 @@ class EnergyLearner(OfflineLearner):
         rescale_norm: Norms of Eq. 45: of each ``sample``, of the whole ``batch``, or of the guidance ``term`` alone.
         guidance_t_max: Time above which there is no guidance; 1 for guidance throughout.
         sampler: How support actions are drawn, and actions unless ``eval_sampler`` says otherwise.
-        eval_sampler: What is different about drawing actions.
+        eval_sampler: What is different about drawing actions to act with; null as ``sampler``.
         behaviour: The behaviour model.
         energy: The energy network.
         critic: The critics and their targets.

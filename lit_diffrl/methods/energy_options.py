@@ -46,7 +46,7 @@ class SolverOptions:
 
 @dataclass(frozen=True)
 class SolverChanges:
-    """What is different about the solver when acting; null is as in :class:`SolverOptions`.
+    """What is different about the solver when acting; null is as in the method's ``sampler``.
 
     Args:
         steps: Network calls.

@@ -61,9 +61,9 @@ class ActionSamplerOptions:
 
 @dataclass(frozen=True)
 class SamplerChanges:
-    """What is different about the sampler at evaluation; null is as in training.
+    """What is different about the sampler when the policy acts; null is as in the method's ``sampler``.
 
-    With another ``name`` the sampler takes all its calls and has its own options, unless they are given too.
+    With another ``name``, ``steps`` and the options of ``dpm`` are that sampler's defaults unless they are given too.
 
     Args:
         name: See :class:`ActionSamplerOptions`, as all.

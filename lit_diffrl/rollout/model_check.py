@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
 from lit_diffrl.errors import check_range
 from lit_diffrl.rollout.callback import _checkpoint_name, _rehearsing, _run_folder
@@ -92,18 +91,19 @@ class ModelCheck(Callback):
     def _measure(self, trainer: Trainer, method: Any) -> ModelErrors:
         obs, actions = trainer.datamodule.recorded(self.starts)  # type: ignore[attr-defined]
         with Simulator(method.spec) as simulator:
-            return model_errors(simulator, obs.cpu(), actions.cpu(), _deviations(obs), method.predictors)
+            scale = trainer.datamodule.deviations()  # type: ignore[attr-defined]
+            return model_errors(simulator, obs.cpu(), actions.cpu(), scale, method.predictors)
 
     def _measure_rollouts(self, trainer: Trainer, method: Any) -> dict[str, ModelErrors]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        obs = data.spread_states(self.starts)
+        obs, scale = data.spread_states(self.starts), data.deviations()
         policy, roll_out = method.closed_loop(data.require_windows())
         with Simulator(method.spec) as simulator:
             rollouts = roll_out(obs[wholly_observed(simulator, obs)].cpu())
             states = {name: states.cpu() for name, (states, _) in rollouts.items()}
             return {
-                "rollouts": closed_loop_errors(simulator, states, policy, _deviations(obs), method.rule),
-                "steps": one_step_errors(simulator, rollouts, _deviations(obs)),
+                "rollouts": closed_loop_errors(simulator, states, policy, scale, method.rule),
+                "steps": one_step_errors(simulator, rollouts, scale, method.rule),
             }
 
     @staticmethod
@@ -115,7 +115,3 @@ class ModelCheck(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("model/errors", pixels, step, dataformats="HWC")
-
-
-def _deviations(obs: Tensor) -> Tensor:
-    return obs.flatten(0, -2).double().std(0).clamp_min(1e-6)

@@ -30,9 +30,6 @@ Policy = Callable[[Tensor], Tensor]
 Terminal = Callable[[Tensor], Tensor]
 """``states (..., obs) raw -> (...) bool``."""
 
-RollOut = Callable[[Tensor], Mapping[str, tuple[Tensor, Tensor]]]
-"""``first states (n, obs) -> (states (n, H, obs), actions (n, H, action))`` by name, all raw."""
-
 DATASET, START = "recorded states", "first state"
 HORIZONS = (1, 5, 10, 20, 50, 99)
 FLOOR = 1e-6  # of the figure
@@ -46,13 +43,14 @@ class ModelErrors:
         mean: ``(H,)`` by name: mean over rows at each horizon, 0 first.
         median: ``(H,)`` by name, likewise.
         rows: ``(H,)`` rows that count: they had not ended before. Of several numbers the least.
-        ended: Share of the rows that come to an end within H steps, in the simulator and in models, by name.
+        ended: Which rows come to an end within their ``H - 1`` steps, by name of the model: the share of all, of those
+            that end in the simulator and of the others (None where there are none). ``simulator`` is the truth.
     """
 
     mean: dict[str, np.ndarray]
     median: dict[str, np.ndarray]
     rows: np.ndarray
-    ended: dict[str, float] = field(default_factory=dict)
+    ended: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def at(self, horizons: Sequence[int] = HORIZONS) -> dict[str, float]:
         """Means to log, ``<name>_<horizon>``: those horizons that were reached, names with ``_`` for spaces."""
@@ -116,21 +114,32 @@ def closed_loop_errors(
     truth = simulator.run(states, choose, horizon)
     predicted = {**rollouts, START: imagined[:, :1].expand_as(imagined)}
     errors = _summary({k: (_squares(x, truth.states, scale), truth.counts) for k, x in predicted.items()})
-    ended = {name: float(terminal(x[:, 1:]).any(dim=1).double().mean()) for name, x in rollouts.items()}
-    return replace(errors, ended={"simulator": float(truth.terminated.any(axis=1).mean()), **ended})
+    fell: np.ndarray = truth.terminated.any(axis=1)  # type: ignore[assignment]
+    ended = {"simulator": _shares(fell, fell)}
+    ended |= {name: _shares(terminal(x[:, 1:]).any(dim=1).cpu().numpy(), fell) for name, x in rollouts.items()}
+    return replace(errors, ended=ended)
 
 
-def one_step_errors(simulator: Simulator, rollouts: Mapping[str, tuple[Tensor, Tensor]], scale: Tensor) -> ModelErrors:
+def _shares(found: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:
+    """Of rows ``(n,)`` the share that was found to end: of all, of those that truly do, of the others."""
+    parts = {"all": np.ones_like(truth), "of those that end": truth, "of the others": ~truth}
+    return {name: float(found[part].mean()) if part.any() else None for name, part in parts.items()}
+
+
+def one_step_errors(
+    simulator: Simulator, rollouts: Mapping[str, tuple[Tensor, Tensor]], scale: Tensor, terminal: Terminal
+) -> ModelErrors:
     """Compare each step of rollouts with the simulator's from the same predicted state: their consistency.
 
     A rollout far from the policy's true one may still be made of possible steps, and a learner can use it. At horizon
-    t it is the step into state t that is judged. Steps after one that ends the episode do not count, nor do those from
-    states that the simulator cannot be set to (a velocity at its clip).
+    t it is the step into state t that is judged. Steps after a predicted state that is terminal do not count, since no
+    learner is given them, nor do those from states that the simulator cannot be set to (a velocity at its clip).
 
     Args:
         simulator: Of the dataset.
         rollouts: States ``(n, H, obs)`` and the actions taken in them ``(n, H, action)`` by name, raw.
         scale: ``(obs,)`` deviations of the states.
+        terminal: Which states end an episode.
     """
     found = {}
     for name, (states, actions) in rollouts.items():
@@ -139,11 +148,11 @@ def one_step_errors(simulator: Simulator, rollouts: Mapping[str, tuple[Tensor, T
         flat = before.reshape(-1, before.shape[2])
         action = actions[:, :-1].cpu().double().numpy().reshape(len(flat), -1)
         truth = replay(simulator, flat, np.stack([action, action], axis=1))
-        ended = np.cumsum(truth.terminated.reshape(shape), axis=1) - truth.terminated.reshape(shape) > 0
-        counts = simulator.settable(flat).reshape(shape) & ~ended
+        ends = terminal(after).numpy()
+        counts = simulator.settable(flat).reshape(shape) & (np.cumsum(ends, axis=1) - ends == 0)
         error = _squares(after, truth.states[:, 1].reshape(*shape, -1), scale)
-        # Horizon 0 is the first state, into which no step leads.
-        found[name] = np.pad(error, ((0, 0), (1, 0))), np.pad(counts, ((0, 0), (1, 0)))
+        # The first state is given: no step leads into it.
+        found[name] = np.pad(error, ((0, 0), (1, 0))), np.pad(counts, ((0, 0), (1, 0)), constant_values=True)
     return _summary(found)
 
 

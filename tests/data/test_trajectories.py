@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -96,13 +97,27 @@ def test_windows_go_on_to_a_terminal_state_which_stays_whatever_is_done() -> Non
     window = raw(made, batch.trajectory)
     states = [[7.0, 8, 9, 10, 11], [8, 9, 10, 11, 12], [11, 12, 12, 12, 12]]
     torch.testing.assert_close(window[..., 0], torch.tensor(states), rtol=0, atol=1e-5)
-    first = torch.tensor([[7.0], [8.0], [11.0]])
-    torch.testing.assert_close(window[..., 2], (first + torch.arange(5)) / 100, rtol=0, atol=1e-6)
-    last = data(lengths=(3,)).windows(torch.tensor([1]), 5).trajectory[0, :, 2]
-    assert last.tolist() == pytest.approx([0, 1, -1, 0, 1], abs=1e-6), "of the last episode the first one's"
+    steps = torch.tensor([[7, 8, 9, 10, 11], [8, 9, 10, 11, 12 - 12], [11, 12 - 12, 13 - 12, 14 - 12, 15 - 12]])
+    torch.testing.assert_close(window[..., 2], steps / 100, rtol=0, atol=1e-6)  # 23 rows: 11 further, around the end
     constant = data(padding="constant").windows(torch.tensor([11]), 5)
-    assert constant.mask.all() and (constant.trajectory[0, 2:] == -1.0001).all()
-    assert torch.equal(constant.trajectory[0, :2], batch.trajectory[2, :2])
+    assert constant.mask.all() and torch.equal(constant.trajectory[0], batch.trajectory[2]), "padding tells of the end"
+
+
+def test_terminal_windows_are_of_the_episodes_that_are_kept_and_long_enough() -> None:
+    assert data(padding="drop").starts.tolist() == [*range(12), *range(15, 19)]
+    assert data(padding="drop", horizon=13, lengths=(12, 13)).starts.tolist() == [12]
+    kept = data(top_fraction=0.67)  # without the short episode
+    assert kept.starts.tolist() == [*range(12), *range(12, 16)] and kept.first_steps[12] == 15
+    window = raw(kept, kept.windows(torch.tensor([11]), 3).trajectory)[0]
+    torch.testing.assert_close(window[:, 2], torch.tensor([0.11, 0.02, 0.03]), rtol=0, atol=1e-6)  # 20 rows are kept
+
+
+def test_data_without_the_states_after_the_last_ones_has_no_terminal_states() -> None:
+    made, source = TrajectoryData(dataset="test/steps-v0", horizon=5), episodes()
+    next_obs = torch.where((source.terminated | source.truncated)[:, None], source.obs, source.next_obs)
+    info = SourceInfo(None, None, None, None, None, None, None, [-1.0], [1.0], ["test/steps-v0"])
+    made.load(dataclasses.replace(source, next_obs=next_obs), info)
+    assert not made.falls.any() and made.starts.tolist() == [*range(8), 12, *range(15, 19)]
 
 
 @pytest.mark.parametrize("padding", ["repeat", "constant", "drop"])
@@ -167,6 +182,12 @@ def test_rollouts_may_start_from_all_states_from_living_ones_or_from_initial_one
     steps = {kind: made.steps[made.start_rows(kind)].tolist() for kind in ("transitions", "non_terminal", "initial")}  # type: ignore[arg-type]
     assert steps["transitions"] == list(range(23)) and steps["initial"] == [0, 12, 15]
     assert steps["non_terminal"] == [s for s in range(23) if s != 11]
+
+
+def test_deviations_are_those_of_all_raw_states() -> None:
+    steps = torch.arange(23).double()
+    expected = torch.stack([steps, -2 * steps], 1).std(0, correction=0)
+    torch.testing.assert_close(data().deviations(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_states_are_spread_over_what_rollouts_may_start_from() -> None:

@@ -242,10 +242,32 @@ def test_a_policys_rollouts_are_compared_with_its_own_in_the_simulator() -> None
         errors = closed_loop_errors(simulator, rollouts, policy, torch.ones(4), lambda x: x[..., 0] > truth[1, 3, 0])
     assert list(errors.mean) == ["exact", "open loop", START]
     assert errors.mean["exact"].max() == 0 < errors.mean["open loop"][1] < errors.mean["open loop"][14]
-    assert list(errors.ended) == ["simulator", "exact", "open loop"] and errors.ended["simulator"] == 0, (
-        "a maze goes on"
-    )
-    assert errors.ended["exact"] == (truth[:, 1:, 0] > truth[1, 3, 0]).any(axis=1).mean() > 0
+    share = (truth[:, 1:, 0] > truth[1, 3, 0]).any(axis=1).mean()
+    assert share > 0 and list(errors.ended) == ["simulator", "exact", "open loop"]
+    assert errors.ended["simulator"] == {"all": 0, "of those that end": None, "of the others": 0}, "a maze goes on"
+    assert errors.ended["exact"] == {"all": share, "of those that end": None, "of the others": share}
+
+
+def test_ends_in_models_are_counted_beside_those_in_the_simulator() -> None:
+    first = torch.zeros(3, 11)
+    first[:, 0], first[2, 1] = 1.25, 0.19  # the last leans nearly too far, and on
+    first[2, 7] = 2.0
+
+    def fallen(x: Tensor) -> Tensor:
+        return (x[..., 0] <= 0.7) | (x[..., 1].abs() >= 0.2)
+
+    with simulator_of("Hopper-v5") as simulator:
+        states = [simulator.state_of(row) for row in first.double().numpy()]
+        truth = torch.from_numpy(simulator.run(states, lambda obs, t: np.zeros((3, 3)), 8).states)
+        blind = first[:, None].expand(-1, 8, -1)
+        fearful = torch.where(torch.arange(8)[None, :, None] > 4, 0.0, blind)
+        models = {"exact": truth, "blind": blind, "fearful": fearful}
+        errors = closed_loop_errors(simulator, models, lambda obs: torch.zeros(3, 3), torch.ones(11), fallen)
+    third = pytest.approx(1 / 3)
+    assert errors.ended["simulator"] == {"all": third, "of those that end": 1, "of the others": 0}
+    assert errors.ended["exact"] == errors.ended["simulator"]
+    assert errors.ended["blind"] == {"all": 0, "of those that end": 0, "of the others": 0}
+    assert errors.ended["fearful"] == {"all": 1, "of those that end": 1, "of the others": 1}
 
 
 def test_steps_are_compared_from_where_the_rollout_is() -> None:
@@ -258,23 +280,24 @@ def test_steps_are_compared_from_where_the_rollout_is() -> None:
         jump = before[:, 5] + np.array([0.0, 0.0, 0.3, 0.0])
         after = replay(simulator, jump, actions[:, 5:]).states
         states = torch.from_numpy(np.concatenate([before[:, :5], after], axis=1))
-        errors = one_step_errors(simulator, {"a": (states, torch.from_numpy(actions))}, torch.tensor([1, 1, 0.1, 1.0]))
-    assert errors.rows.tolist() == [0] + [2] * 11 and np.isnan(errors.mean["a"][0])
+        rollouts = {"a": (states, torch.from_numpy(actions))}
+        errors = one_step_errors(simulator, rollouts, torch.tensor([1, 1, 0.1, 1.0]), lambda x: x[..., 0] > 100)
+    assert errors.rows.tolist() == [2] * 12
     # A velocity moves within the step too; of a solver's warm start a restored state knows nothing.
     assert errors.mean["a"][5] == pytest.approx(3.0**2 / 4, rel=1e-6)
     assert np.delete(errors.mean["a"], [0, 5]).max() < 1e-9
 
 
-def test_steps_after_an_end_and_from_clipped_states_do_not_count() -> None:
+def test_steps_after_a_predicted_end_and_from_clipped_states_do_not_count() -> None:
     states, actions = torch.zeros(2, 30, 11), torch.ones(2, 30, 3)
     states[:, :, 0] = 1.25
     with simulator_of("Hopper-v5") as simulator:
         truth = replay(simulator, states[:, 0].double().numpy(), actions.double().numpy())
         states = torch.from_numpy(truth.states)
         states[1, 3, 7] = 10.0
-        errors = one_step_errors(simulator, {"a": (states, actions)}, torch.ones(11))
-    last = int(truth.terminated[0].argmax()) + 1
-    assert 5 < last < 29, "the robot should fall"
-    clipped = (states[..., 5:].abs() >= 10).any(-1)
-    assert clipped[:, :last].sum() > 1 and not clipped[:, :3].any()
-    assert errors.rows.tolist() == [0, *(int((~clipped[:, t]).sum()) if t < last else 0 for t in range(29))]
+        states[0, 6, 0] = 0.5  # predicted to have fallen, earlier than it would
+        errors = one_step_errors(simulator, {"a": (states, actions)}, torch.ones(11), lambda x: x[..., 0] <= 0.6)
+    assert truth.terminated[:, 6:].any() and (states[1, :, 0] > 0.6).sum() > 20, "the other goes on after its fall"
+    counts = ~(states[..., 5:].abs() >= 10).any(-1)
+    counts[0, 6:], counts[1, int((states[1, :, 0] <= 0.6).int().argmax()) or 30 :] = False, False
+    assert not counts[1, 3] and errors.rows.tolist() == [2, *counts[:, :29].sum(0).tolist()]
