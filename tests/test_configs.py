@@ -206,12 +206,18 @@ def test_a_config_trains_and_acts(path: Path) -> None:
     fit([f"conf/{name(path)}.yaml"])
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=name)
-def test_a_data_file_trains_by_the_command_it_shows(path: Path) -> None:
+def shown(path: Path) -> list[str]:
+    """The config files of the command that an overlay says it is used by, itself last."""
     command = re.search(r"^# +(python -m lit_diffrl fit .*)$", path.read_text(), re.MULTILINE)
     assert command, f"{name(path)} does not say how it is used"
     paths = [word for word in shlex.split(command[1]) if word.endswith(".yaml")]
     assert paths[-1] == f"conf/{name(path)}.yaml"
+    return paths
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+def test_a_data_file_trains_by_the_command_it_shows(path: Path) -> None:
+    paths = shown(path)
     dataset = yaml.safe_load(path.read_text())["data"]["init_args"]["dataset"]
     checkpoint = fit(paths, "--model.dim=8", "--rollout.video=false")
     assert checkpoint["datamodule_hyper_parameters"]["dataset"] == dataset
@@ -219,10 +225,7 @@ def test_a_data_file_trains_by_the_command_it_shows(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHORT, ids=name)
 def test_a_short_file_trains_by_the_command_it_shows(path: Path) -> None:
-    command = re.search(r"^# +(python -m lit_diffrl fit .*)$", path.read_text(), re.MULTILINE)
-    assert command, f"{name(path)} does not say how it is used"
-    paths = [word for word in shlex.split(command[1]) if word.endswith(".yaml")]
-    assert paths[-1] == f"conf/{name(path)}.yaml"
+    paths = shown(path)
     given, papers = (merged([file])["model"]["init_args"] for file in (path, paths[0]))
     options = fit(paths)["hyper_parameters"]
     assert {key: options["critic"][key] for key in given["critic"]} == given["critic"]
