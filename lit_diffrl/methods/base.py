@@ -57,7 +57,11 @@ class Phase:
 
 def as_options(default: Options, value: Options | Mapping[str, Any]) -> Options:
     """Turn the plain dict of a checkpoint or a notebook into options; what it leaves out is ``default``'s."""
-    return dataclasses.replace(default, **value) if isinstance(value, Mapping) else value  # type: ignore[type-var]
+    if isinstance(value, Mapping):
+        return dataclasses.replace(default, **value)  # type: ignore[type-var]
+    if not isinstance(value, type(default)):
+        raise ConfigError(f"options are {value!r}; accepted: {type(default).__name__}(...) or a dict of its fields")
+    return value
 
 
 def plain(value: Any) -> Any:

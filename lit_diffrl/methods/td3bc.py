@@ -5,19 +5,21 @@ Source: Fujimoto and Gu, "A Minimalist Approach to Offline Reinforcement Learnin
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
-from lit_diffrl.errors import check_range
+from lit_diffrl.errors import check_choice, check_range
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.losses import normalized_q_loss, td_loss, td_target
 from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.policy_options import ActorOptions, CriticOptions
-from lit_diffrl.nets.actors import DeterministicActor
+from lit_diffrl.nets.actors import DeterministicActor, SquashedGaussianActor, squash
 from lit_diffrl.nets.ema import EMA
 
 TD3_CRITIC = CriticOptions(layers=2, activation="relu")
@@ -33,7 +35,8 @@ class TD3BC(OfflineLearner):
     2. At every ``policy_freq``-th update, policy: ``-lambda mean Q_1(s, pi(s)) + mean (pi(s) - a)^2``, where
        ``lambda = alpha / mean |Q_1(s, pi(s))|``; then all targets move. In between they stand still.
 
-    States should be normalised (``data.normalizer: gaussian``).
+    States should be normalised (``data.normalizer: gaussian``). With ``policy: gaussian``, which is the learner inside
+    DyDiff's code, ``pi(s)`` and ``a'`` are draws of a squashed Gaussian without further noise; its mean acts.
 
     Departures: none from the code; the second mean is over batch and action entries, which the paper leaves open.
 
@@ -44,8 +47,9 @@ class TD3BC(OfflineLearner):
     Args:
         policy_epochs: Length of training in epochs.
         alpha: Weight of the critic against cloning.
+        policy: ``deterministic``, or ``gaussian``, squashed by tanh.
         policy_freq: Updates of the critics for each of the policy and the targets.
-        policy_noise: Standard deviation sigma of the noise on target actions.
+        policy_noise: Standard deviation sigma of the noise on a deterministic policy's target actions.
         noise_clip: Its largest size c.
         actor: The policy's network.
         critic: The critics and their targets; ``tau`` is the actor's too.
@@ -56,6 +60,7 @@ class TD3BC(OfflineLearner):
         self,
         policy_epochs: int = 1000,
         alpha: float = 2.5,
+        policy: Literal["deterministic", "gaussian"] = "deterministic",
         policy_freq: int = 2,
         policy_noise: float = 0.2,
         noise_clip: float = 0.5,
@@ -66,13 +71,14 @@ class TD3BC(OfflineLearner):
         super().__init__()
         check_range("model.policy_epochs", policy_epochs, 1)
         check_range("model.alpha", alpha, 0, high_open=True)
+        check_choice("model.policy", policy, ("deterministic", "gaussian"))
         check_range("model.policy_freq", policy_freq, 1)
         check_range("model.policy_noise", policy_noise, 0, high_open=True)
         check_range("model.noise_clip", noise_clip, 0, high_open=True)
         check_range("model.lr", lr, 0, low_open=True, high_open=True)
         self.save_hyperparameters(logger=False)
         self.policy_epochs, self.alpha, self.policy_freq, self.lr = policy_epochs, alpha, policy_freq, lr
-        self.policy_noise, self.noise_clip = policy_noise, noise_clip
+        self.policy, self.policy_noise, self.noise_clip = policy, policy_noise, noise_clip
         self.actor_options = as_options(ActorOptions(), actor)
         self.critic_options = as_options(TD3_CRITIC, critic)
         self.refuse_max_backup()
@@ -81,7 +87,8 @@ class TD3BC(OfflineLearner):
         """Policy and critics with their targets."""
         super().build(spec)
         o = self.actor_options
-        self.actor = DeterministicActor(spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout)
+        kind = DeterministicActor if self.policy == "deterministic" else SquashedGaussianActor
+        self.actor = kind(spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout)
         self.target_actor = EMA(self.actor, 1 - self.critic_options.tau, every=self.policy_freq, start=0)
         self.build_critics(spec, every=self.policy_freq)
 
@@ -92,9 +99,11 @@ class TD3BC(OfflineLearner):
     @torch.no_grad()
     def target_q(self, batch: PolicyBatch) -> Tensor:
         """``r + gamma (1 - d) min_i Q'_i(s', a')``, shape ``(B,)``, at the target policy's action with noise."""
-        noise = self.policy_noise * self.draws.randn_like(batch.action)
-        action = self.target_actor.net(batch.next_obs) + noise.clamp(-self.noise_clip, self.noise_clip)
-        next_value = self.least_q(batch.next_obs, action.clamp(-1, 1), target=True)
+        action = self._draw(self.target_actor.net, batch.next_obs)
+        if self.policy == "deterministic":
+            noise = self.policy_noise * self.draws.randn_like(action)
+            action = (action + noise.clamp(-self.noise_clip, self.noise_clip)).clamp(-1, 1)
+        next_value = self.least_q(batch.next_obs, action, target=True)
         return td_target(batch.reward, batch.done, batch.discount, next_value)
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
@@ -107,7 +116,7 @@ class TD3BC(OfflineLearner):
         critic_norm = self.descend(critic_optimizer, critic_loss, "critic", batch)
 
         if self.target_actor.due:
-            action = self.actor(batch.obs)
+            action = self._draw(self.actor, batch.obs)
             own_q = self.critic(batch.obs, action, members=slice(1))[0]
             improvement = self.alpha * normalized_q_loss(own_q, self.mean_of_all(own_q.abs()))
             cloning = F.mse_loss(action, batch.action)
@@ -121,7 +130,18 @@ class TD3BC(OfflineLearner):
             self.report({"loss/critic": critic_loss, "q/mean": q.mean()}, prog_bar=True)
             self.report({"q/target": y.mean(), "grad_norm/critic": critic_norm})
 
+    def _draw(self, actor: nn.Module, obs: Tensor) -> Tensor:
+        """An action of ``actor`` in each state, drawn if it is Gaussian."""
+        if self.policy == "deterministic":
+            return actor(obs)  # type: ignore[no-any-return]
+        mean, log_std = actor(obs)
+        return squash(mean, log_std, self.draws.randn_like(mean))[0]
+
+    def draw_action(self, obs: Tensor) -> Tensor:
+        """The policy's action, drawn if it is Gaussian."""
+        return self._draw(self.actor, obs)
+
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
-        """The policy's action."""
-        action: Tensor = self.actor(obs)
+        """The policy's action, or that of its mean."""
+        action: Tensor = self.actor(obs) if self.policy == "deterministic" else self.actor(obs)[0].tanh()
         return action

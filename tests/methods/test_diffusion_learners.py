@@ -239,6 +239,8 @@ def test_what_is_not_changed_at_evaluation_is_as_in_training() -> None:
     for options in ({"steps": 0}, {"noise_scale": -1.0}, {"name": "ddim", "order": 2}, {"method": "half"}):
         with pytest.raises(ConfigError, match="sampler"):
             EDPTD3(eval_sampler=options)
+    with pytest.raises(ConfigError, match=r"ActionSamplerOptions.*accepted: SamplerChanges"):
+        EDPTD3(eval_sampler=ActionSamplerOptions("ddim"))  # type: ignore[arg-type]
 
 
 def test_episodes_do_not_depend_on_their_neighbours() -> None:

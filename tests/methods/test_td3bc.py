@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -121,6 +122,30 @@ def test_target_actions_are_the_target_policys_with_clipped_noise(noise: float, 
         assert float(shift.std()) == pytest.approx(0.2, rel=0.05)
     elif noise == 100:
         assert float((shift.abs() > clip - 1e-4).float().mean()) > 0.9
+
+
+def test_a_gaussian_policy_is_drawn_for_targets_and_loss_and_acts_by_its_mean() -> None:
+    method = built(TD3BC, policy="gaussian", policy_noise=1e9, policy_freq=1, alpha=0.0)
+    method.target_critic.net = Sum()
+    data = batch(4000)
+    with torch.no_grad():
+        for actor in (method.actor, method.target_actor.net):
+            actor.net[-1].weight.zero_()
+            actor.net[-1].bias.copy_(torch.tensor([0.5, -0.5, 0.0, 0.0]))  # u ~ N((0.5, -0.5), e^-2)
+    method.target_q(data)
+    u = method.target_critic.net.asked.atanh()
+    torch.testing.assert_close(u.mean(0), torch.tensor([0.5, -0.5]), atol=0.03, rtol=0)
+    torch.testing.assert_close(u.std(0), torch.full((2,), math.exp(-1)), atol=0.03, rtol=0)
+    mean = torch.tensor([0.5, -0.5]).tanh().expand(4000, 2)
+    torch.testing.assert_close(method.decide(data.obs, []), mean)
+    drawn = method.draw_action(data.obs)
+    spread = float((drawn - mean).square().mean())
+    assert spread > 0.05, "draws differ"
+    losses: list[float] = []
+    at_each_step(method, lambda name, loss: losses.append(float(loss)) if name == "actor" else None)
+    method.target_critic.net = built(TD3BC).target_critic.net
+    method.training_step(data._replace(action=mean), 0)
+    assert losses == [pytest.approx(spread, rel=0.1)], "cloning of a draw, not of the mean"
 
 
 @pytest.mark.parametrize(
