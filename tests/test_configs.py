@@ -233,6 +233,13 @@ def test_a_short_file_trains_by_the_command_it_shows(path: Path) -> None:
     assert 10 < short <= 30 and short * 20 < long
 
 
+@pytest.mark.parametrize("name", ["edp_crr", "edp_iql"])
+def test_the_short_file_of_edp_serves_its_other_learners(name: str) -> None:
+    paths = [f"conf/paper/{name}/locomotion.yaml", "conf/short/edp.yaml"]
+    options = fit(paths, "--model.objective", "elbo")["hyper_parameters"]
+    assert (options["n_diffusion_steps"], options["objective"]) == (5, "elbo")
+
+
 @pytest.mark.parametrize("path", [p for p in OVERLAYS if "-multi" not in p.name], ids=name)
 def test_a_data_file_names_a_dataset_and_no_more_so_that_it_fits_every_method(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
