@@ -15,6 +15,7 @@ import pytest
 
 from lit_diffrl.__main__ import main
 
+CONF = Path(__file__).parents[1] / "conf"
 CONFIG = """
 model:
   class_path: DMEMM
@@ -100,6 +101,15 @@ def test_malformed_episodes(
 ) -> None:
     line = refused(capsys, make_minari(edit=edit))
     assert "test/point-v0" in line and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_method_refuses_data_that_is_not_finite(
+    config: str, make_minari: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("main.yaml").write_text((CONF / f"{config}.yaml").read_text())
+    line = refused(capsys, make_minari(edit=put("rewards", 3, np.nan)))
+    assert "test/point-v0" in line and "reward is nan" in line, line
 
 
 def test_an_empty_episode(

@@ -188,7 +188,7 @@ def test_dydiff_has_its_table_2_and_the_windows_of_the_authors_snapshot(path: st
     rollouts, denoiser, code = method.rollouts, method.denoiser_options, path == "td3bc-code"
     assert edm_of(method) == pytest.approx((0.002, 80, 0.5, 7, -1.2, 1.2, 0.370, 52.242, 60, 1.002, 34), rel=2e-4)
     assert method.edm_sampler.solver == "heun" and method.edm_sampler.recondition_after_churn == (not code)
-    assert (denoiser.dim, tuple(denoiser.mults), denoiser.kernel) == (128, (1, 4, 8), 5)
+    assert (denoiser.dim, tuple(denoiser.mults), denoiser.kernel, denoiser.grad_clip) == (128, (1, 4, 8), 5, None)
     assert (rollouts.starts, rollouts.every_n_epochs, rollouts.warmup_epochs, rollouts.length) == (2048, 1, 0, None)
     assert (rollouts.corrections, rollouts.damping, rollouts.emit, rollouts.start_states) == (
         2,

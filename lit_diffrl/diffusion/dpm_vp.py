@@ -7,8 +7,8 @@ With the clean data as what the network predicts (DPM-Solver++), ``h = lambda_t 
 and the clean data are a polynomial in ``lambda`` through the network's answers.
 
 Fifteen calls change the spread of what is sampled. Of N(0.2, 0.25), with the exact network, the standard deviation 0.5
-becomes 0.444 in the published setting (single steps of order 2, even in time), 0.650 with steps of several calls on the
-same grid, 0.511 with these on a grid even in lambda.
+becomes 0.444 in the published setting (single steps of order 2, even in time), 0.650 with multistep on the
+same grid, 0.511 with multistep on a grid even in lambda.
 """
 
 from __future__ import annotations

@@ -55,13 +55,13 @@ class AEPO(EnergyLearner):
 
     1. ``behaviour``: the noise loss (Eq. 7).
     2. ``critic``: ``V`` by expectile regression on the least target critic, then the critics on ``r + gamma V(s')``
-       (Eq. 27), then their targets. ``q_training`` isql takes the in-support softmax of QGPO instead; cql adds
-       ``cql_weight (logsumexp Q(s, .) - Q(s, a))`` over uniform, support and data actions.
+       (Eq. 27), then their targets. ``q_training`` isql takes the in-support softmax of QGPO instead; cql halves the
+       squared error and adds ``cql_weight (logsumexp Q(s, .) - Q(s, a))`` over uniform, support and data actions.
     3. ``energy``: v is tabulated; then squared error of the energy network to Eq. 25 (Eq. 26).
 
     With ``schedule`` joint the third phase trains all three (Algorithm 1); with 0 epochs for the first two that is all.
 
-    Departures, each with the argument that undoes it:
+    Departures, each with the argument that undoes it, if there is one:
         - The posterior mean is calibrated, since Eq. 18 multiplies the network's error by 25 at t = 0.8 and by 152 at
           t = 1, and the energy then learns it: ``posterior.mean: eps``.
         - The variance is estimated by the likelihood (Eq. 43) above t = 0.2, where Eq. 22 multiplies an error by up to
@@ -70,13 +70,15 @@ class AEPO(EnergyLearner):
           ``target: {baseline: false, scale: 1}``.
         - Behaviour model, critics and energy learn one after the other, which has the same fixed point:
           ``schedule: joint``.
+        - CQL's actions are not weighted by their densities, which the behaviour model does not tell.
         - Scores are not rescaled (Eq. 45), which would not be exact: ``rescale: true``.
 
-    Logged: ``loss/behaviour``, ``loss/value``, ``loss/critic``, ``loss/energy`` (in units of the target's deviation:
-    below 1, and down to the share that the noised action does not tell), ``target/mean`` and ``target/deviation``
-    (mean absolute one; of the target before it is divided), ``target/variance_term`` (mean of its last term; far above
-    the deviation it means that ``beta`` times the rewards' scale is too large for the expansion), ``q/mean``,
-    ``q/value``, ``q/target``, ``q/gradient`` (norm of g), ``grad_norm/...``.
+    Logged: ``loss/behaviour``, ``loss/value``, ``loss/critic``, ``loss/energy`` (in units of ``target.scale``, by
+    default the target's deviation: below 1, and down to the share that the noised action does not tell),
+    ``target/mean`` and ``target/deviation`` (mean absolute one; of the target before it is divided),
+    ``target/variance_term`` (mean of its last term; far above the deviation it means that ``beta`` times the rewards'
+    scale is too large for the expansion), ``q/mean``, ``q/value``, ``q/target``, ``q/gradient`` (norm of g),
+    ``grad_norm/...``.
 
     Args:
         q_training: How critics learn: ``iql``, ``isql`` or ``cql``.

@@ -77,6 +77,11 @@ class DiffusionLearner(OfflineLearner):
                     f"model.{name}.steps is {options.steps}, but the policy has model.n_diffusion_steps "
                     f"{n_diffusion_steps}; give at most these, or null"
                 )
+        if schedule == "linear" and n_diffusion_steps <= 20:
+            raise ConfigError(
+                f"model.schedule 'linear' needs model.n_diffusion_steps above 20, got {n_diffusion_steps}: its last "
+                "steps would add a variance of 1 or more; use schedule 'vp' for few steps"
+            )
         self.schedule = Schedule(schedule, n_diffusion_steps)
 
     def build(self, spec: DatasetSpec) -> None:

@@ -77,13 +77,14 @@ class DiffusionPolicy(nn.Module):
         eps_hat = self.net(a_k, k - 1, obs)
         return Noised(k, a_k, eps_hat, (eps - eps_hat).float().square().mean(-1))
 
-    def approximate(self, noised: Noised) -> Tensor:
+    def approximate(self, noised: Noised, *, clip: bool = True) -> Tensor:
         """EDP's Eq. 9: the clean action ``(B, A)`` that the prediction implies, clipped to the box.
 
         The clip is the code's; without it the critic is asked far outside of the box at large k. Entries that it
         touches pass no gradient.
         """
-        return self.schedule.x0_from_eps(noised.a_k, noised.k, noised.eps_hat).clamp(-1, 1)
+        a_hat = self.schedule.x0_from_eps(noised.a_k, noised.k, noised.eps_hat)
+        return a_hat.clamp(-1, 1) if clip else a_hat
 
     def sample(
         self, obs: Tensor, noise: Tensor, options: ActionSamplerOptions, randn: Randn = torch.randn_like
@@ -123,5 +124,7 @@ class DiffusionPolicy(nn.Module):
             x0_hat = schedule.x0_from_eps(x, k, scale * net(x, k[:1] - 1).to(x.dtype))
             return x0_hat.clamp(-1, 1) if options.clip else x0_hat
 
-        sampler = sample_ddim if options.name == "ddim" else sample_ddpm
-        return sampler(denoise, x, schedule, steps=options.steps, randn=randn).clamp(-1, 1)
+        if options.name == "ddim":
+            return sample_ddim(denoise, x, schedule, steps=options.steps, randn=randn).clamp(-1, 1)
+        x = sample_ddpm(denoise, x, schedule, steps=options.steps, randn=randn, variance=options.variance)
+        return x.clamp(-1, 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.diffusion.edm import EDM, Churn
-from lit_diffrl.errors import check_choice, check_range
+from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.methods import synthesis
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.cql import CQL
@@ -67,9 +67,11 @@ class DyDiff(DynamicsModels):
     and model means (diffusion policies draw); a softmax filter on z-scores without replacement. From its code: the
     conditions enter the network as they are, not scaled with the noisy states, which leaves nearly nothing of them at
     high noise, where they alone tell where the trajectory goes (``denoiser.scale_conditions``); they are written in
-    after churn too; the loss leaves them and padding out; windows and the limits of states hold the states that end
-    episodes, without which no predicted state would be terminal (``data.terminal``); a fallen robot's rewards do not
-    count; the ensemble is trained and stopped as this package's world model is; learners are as published.
+    after churn too; the loss leaves them and padding out, and its gradient is clipped (``denoiser.grad_clip``); windows
+    (``data.terminal``) and the limits of states hold the states that end episodes, without which no predicted state
+    would be terminal; a fallen robot's rewards do not count; the ensemble is trained and stopped as this package's
+    world model is: weight decay is AdamW's, the same for all layers, and ``world_model.patience`` counts epochs of
+    this run; the reward model has SiLU for ReLU; learners are as published.
 
     Logged, beside the learner's: ``loss/dynamics``, ``loss/reward``, ``val/dynamics_mse`` (as in DMEMM),
     ``loss/diffusion`` (falls quickly below 0.2, then slowly). At each refresh: ``synthetic/return_…`` (mean, std, min,
@@ -118,9 +120,15 @@ class DyDiff(DynamicsModels):
         check_range("model.world_model_epochs", world_model_epochs, 1)
         check_choice("model.termination", termination, TERMINATIONS)
         check_range("model.diffusion_epochs", diffusion_epochs, 1 if self.rollouts.corrections else 0)
+        self.needs_denoiser = self.rollouts.corrections > 0
         if self.rollouts.warm_start is not None:
             check_range("rollouts.warm_start", self.rollouts.warm_start, 1, self.edm_sampler.steps - 1)
         self.denoiser_options = as_options(TrajectoryDenoiserOptions(), denoiser)
+        if not self.denoiser_options.scale_conditions and not self.edm_sampler.recondition_after_churn:
+            raise ConfigError(
+                "model.edm_sampler.recondition_after_churn false changes nothing while the network sees all conditions "
+                "at full size; set model.denoiser.scale_conditions true, or leave it at true"
+            )
         self.world_model_options = as_options(SINGLE_STEP, world_model)
         self.termination, self.reward_scale = termination, 1.0
         epochs = {"world_model": world_model_epochs, "diffusion": diffusion_epochs}

@@ -50,6 +50,7 @@ class EDP(DiffusionLearner):
         policy_epochs: Length of training in epochs.
         guide_weight: Weight of the improvement beside the diffusion loss: Table 3's 1, 1, 0.1 and 0.005.
         action_approximation: Improve the action of Eq. 9; false draws it through the sampler with gradient instead.
+        clip_approximation: Keep the action of Eq. 9 within the box, as the code.
         n_diffusion_steps: Diffusion steps K.
         schedule: ``linear`` (the code's), ``vp``, ``cosine`` or ``linear_unscaled``.
         sampler: How actions of the critics' targets are drawn.
@@ -68,6 +69,7 @@ class EDP(DiffusionLearner):
         policy_epochs: int = 2000,
         guide_weight: float = 1.0,
         action_approximation: bool = True,
+        clip_approximation: bool = True,
         n_diffusion_steps: int = 1000,
         schedule: Literal["vp", "linear", "linear_unscaled", "cosine"] = "linear",
         sampler: ActionSamplerOptions = DPM,
@@ -84,6 +86,7 @@ class EDP(DiffusionLearner):
         check_range("model.guide_weight", guide_weight, 0, high_open=True)
         self.save_hyperparameters(logger=False)
         self.guide_weight, self.action_approximation = guide_weight, action_approximation
+        self.clip_approximation = clip_approximation
         self._keep(
             policy_epochs, n_diffusion_steps, schedule, as_options(DPM, sampler), eval_sampler,
             as_options(SelectionOptions(), selection), net, as_options(EDP_CRITIC, critic), ema, lr, lr_decay,
@@ -93,9 +96,9 @@ class EDP(DiffusionLearner):
     def improved_action(self, noised: Noised, obs: Tensor) -> Tensor:
         """The action ``(B, A)`` that the critic judges: Eq. 9's, or (the ablation) one drawn with gradient."""
         if self.action_approximation:
-            a_hat = self.policy.approximate(noised)
+            a_hat = self.policy.approximate(noised, clip=self.clip_approximation)
             if self.reporting:
-                self.report({"clipped": (a_hat.detach().abs() == 1).float().mean()})
+                self.report({"clipped": (a_hat.detach().abs() >= 1).float().mean()})
             return a_hat
         return self.policy.sample(obs, self.draws.randn_like(noised.a_k), self.sampler, self.draws.randn_like)
 
@@ -149,7 +152,8 @@ class _Weighted(EDP):
     Args:
         objective: What stands for the likelihood: ``mle``, Eq. 13, or ``elbo``, Eq. 12 (not with a cosine schedule).
         normalize_elbo: Scale Eq. 12's weights of the diffusion steps to a mean of 1, as the code.
-        normalize_weights: Divide the actions' weights by their mean over the batch: the code's ``adv_norm``, there off.
+        normalize_weights: Divide the actions' weights by their mean over the batch. The code's ``adv_norm``, off there
+            too, is a softmax: without the bound, and smaller by the size of the batch.
         **kwargs: As :class:`EDP`.
     """
 
@@ -197,7 +201,8 @@ class EDPTD3(_Simultaneous):
     A coin per update decides which critic is i. Critics learn from actions of the averaged policy (Eq. 8's target).
 
     Departures from the paper, as its code: Eq. 9's action is clipped to the box; the DDPM chain has the posterior's
-    variance and clips its clean prediction; the average starts at update 1001, every fifth, from the initial policy.
+    variance and clips its clean prediction; the average starts at update 1005, every fifth, from the initial policy.
+    The paper's: ``clip_approximation false``, ``sampler.variance beta``, ``sampler.clip false``.
 
     Logged: ``loss/critic``, ``loss/diffusion``, ``loss/q`` (-alpha while all values are positive), ``clipped`` (share
     of a_hat's entries at the edge of the box, which pass no gradient), ``q/mean``, ``q/target``, ``grad_norm/…``.
@@ -231,7 +236,7 @@ class EDPCRR(_Weighted, _Simultaneous):
     diffusion loss itself (Eq. 12).
 
     Logged: as :class:`EDPTD3`, with ``loss/guide`` for ``loss/q``, ``weight`` (mean) and ``weight_bound`` (share at the
-    bound).
+    bound); ``clipped`` only while Eq. 13 asks for Eq. 9's action.
 
     Args:
         weighting: ``exp`` of the advantage, or its ``indicator``.
@@ -270,14 +275,14 @@ class EDPCRR(_Weighted, _Simultaneous):
     def policy_loss(self, batch: PolicyBatch) -> dict[str, Tensor]:
         """Diffusion loss and weighted likelihood."""
         noised = self.policy.noised(batch.action, batch.obs, self.draws)
-        weights = self.weights(batch, self.policy.approximate(noised).detach())
+        weights = self.weights(batch, self.policy.approximate(noised, clip=self.clip_approximation).detach())
         guide = self.guide_loss(weights, noised, batch)
         diffusion = noised.error.mean()
         return {"total": diffusion + self.guide_weight * guide, "diffusion": diffusion, "guide": guide}
 
 
 class EDPIQL(_Weighted):
-    """EDP with IQL's improvement: no action is ever drawn in training, the fastest of the three.
+    """EDP with IQL's improvement: no action is drawn in training (but by the ablation), the fastest of the three.
 
     An update, in the order of the code, each step with what the one before has changed: value (expectile regression
     on the target critics), policy (Eq. 13 or 12 weighted by ``min(exp(eta (Q - V)), bound)``), critics (target
@@ -300,6 +305,11 @@ class EDPIQL(_Weighted):
         self.expectile, self.eta, self.bound = expectile, eta, bound
         super().__init__(**kwargs)
         self.refuse_max_backup()
+        if self.objective == "elbo" and not self.action_approximation:
+            raise ConfigError(
+                "model.action_approximation false draws the action that model.objective 'mle' (Eq. 13) improves, but "
+                "'elbo' (Eq. 12) improves none; set one of them back"
+            )
 
     def build(self, spec: DatasetSpec) -> None:
         """Networks as EDP's, and the value's."""

@@ -183,7 +183,7 @@ class PosteriorOptions:
         check_choice("posterior.mean", self.mean, ("calibrated", "eps", "sample"))
         check_range("posterior.grid", self.grid, 2)
         check_range("posterior.samples", self.samples, 2)
-        check_range("posterior.decay", self.decay, 0, 1, low_open=True, high_open=True)
+        check_range("posterior.decay", self.decay, 0, 1, high_open=True)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class TargetOptions:
             noisy action by one product with the noise's derivative, ``trace`` its mean over directions by one with
             random signs.
         curvature: ``none`` (Eq. 25), ``hvp`` one second derivative along Q's gradient, ``full`` all of them, exact for
-            quadratic Q. They are nothing for critics with ``relu``.
+            quadratic Q and an isotropic posterior. They are nothing for critics with ``relu``.
         baseline: Subtract ``beta V(s)``, which leaves the guidance as it is; ``q_training`` isql learns no V.
         scale: What the target is divided by and the guidance multiplied by; ``auto`` measures its deviation when the
             energy's phase begins. A run that goes on keeps its own.

@@ -38,7 +38,8 @@ class IQL(OfflineLearner):
 
     The policy is ``N(tanh(f(s)), sigma^2)`` with one sigma for all states; at evaluation it takes its mean.
 
-    Departures: none from the authors' code but for dropout's masks, which each process draws for itself.
+    Departures from the authors' code: layers begin as torch's do, not with orthogonal weights; each process draws
+    dropout's masks for itself.
 
     Logged: ``loss/value``, ``loss/actor`` (minus a log-density: falls, also below 0), ``loss/critic``, ``weight``
     (mean, 1 to 3 in the course of training), ``weight_bound`` (share at the bound; near 1 means that rewards or

@@ -85,8 +85,8 @@ def normalized_q_loss(q: Tensor, normalizer: Tensor | None = None) -> Tensor:
 
     Args:
         q: ``(B,)`` values of the policy's actions.
-        normalizer: ``(B,)`` the values Q' divided by, without gradient; None for ``q`` itself (EDP, TD3+BC).
-            Diffusion-QL takes the other critic's.
+        normalizer: The values Q' divided by, or their mean size over all processes; any shape, without gradient.
+            None for ``q`` itself. Diffusion-QL takes the other critic's.
     """
     scale = (q if normalizer is None else normalizer).detach().abs().mean()
     return -q.mean() / scale.clamp_min(1e-8)

@@ -10,12 +10,12 @@ from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
 
 @dataclass(frozen=True)
 class EMAOptions:
-    """Moving average of the weights that plan.
+    """Moving average of the weights that plan, or of a diffusion policy.
 
     Args:
         decay: Weight of the old average at each averaging.
         every: Optimizer steps between two averagings.
-        start: Until this optimizer step the average is the raw weights.
+        start: Until this optimizer step the average is the raw weights, or, of a diffusion policy, the initial ones.
     """
 
     decay: float = 0.995
@@ -187,7 +187,7 @@ class WorldModelOptions:
         variance_floor: Smallest variance, in units of the data's one-step differences: bounds the gradient.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
-        patience: Epochs without a better held-out loss after which a member stops.
+        patience: Epochs without a better held-out loss that a member is allowed; it stops at the next.
         improvement: Relative decrease of the held-out loss that counts as better; 0 for any.
     """
 

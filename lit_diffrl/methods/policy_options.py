@@ -20,6 +20,8 @@ class ActionSamplerOptions:
         grid: Times of ``dpm``: evenly spaced in time, ``time_uniform`` (EDP), or in the log of the signal-to-noise
             ratio, ``logsnr``.
         variant: Polynomials of ``dpm`` in a step: ``plain`` (EDP) or the ``taylor`` expansion.
+        variance: Of ``ddpm``'s noise: that of the ``posterior`` (the codes), or the forward step's ``beta`` (EDP's
+            paper).
         clip: Keep the implied clean action within [-1, 1] at every call.
         noise_scale: Scale of the initial noise; 0 starts at its mean (EDP, section 4.5).
         eps_scale: Factor of the predicted noise, EDP's policy scaling; no true temperature.
@@ -31,6 +33,7 @@ class ActionSamplerOptions:
     method: Literal["singlestep", "multistep"] = "singlestep"
     grid: Literal["time_uniform", "logsnr"] = "time_uniform"
     variant: Literal["plain", "taylor"] = "plain"
+    variance: Literal["posterior", "beta"] = "posterior"
     clip: bool = True
     noise_scale: float = 1.0
     eps_scale: float = 1.0
@@ -40,18 +43,19 @@ class ActionSamplerOptions:
         check_choice("sampler.method", self.method, ("singlestep", "multistep"))
         check_choice("sampler.grid", self.grid, ("time_uniform", "logsnr"))
         check_choice("sampler.variant", self.variant, ("plain", "taylor"))
+        check_choice("sampler.variance", self.variance, ("posterior", "beta"))
         check_range("sampler.order", self.order, 1, 3)
         check_range("sampler.noise_scale", self.noise_scale, 0, high_open=True)
         check_range("sampler.eps_scale", self.eps_scale, 0, low_open=True, high_open=True)
         if self.steps is not None:
             check_range("sampler.steps", self.steps, 1)
-        given = {"order": self.order, "method": self.method, "grid": self.grid, "variant": self.variant}
-        for name, value in given.items():
-            default = type(self).__dataclass_fields__[name].default
-            if self.name != "dpm" and value != default:
+        owners = {"order": "dpm", "method": "dpm", "grid": "dpm", "variant": "dpm", "variance": "ddpm"}
+        for name, owner in owners.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.name != owner and value != default:
                 raise ConfigError(
-                    f"sampler.{name} {value!r} is for sampler.name 'dpm', but that is {self.name!r}; use dpm, or leave "
-                    f"sampler.{name} at {default!r}"
+                    f"sampler.{name} {value!r} is for sampler.name {owner!r}, but that is {self.name!r}; use {owner}, "
+                    f"or leave sampler.{name} at {default!r}"
                 )
 
     def calls(self, num_steps: int) -> int:
@@ -72,6 +76,7 @@ class SamplerChanges:
         method: Form of ``dpm``.
         grid: Times of ``dpm``.
         variant: Polynomials of ``dpm``.
+        variance: Of ``ddpm``'s noise.
         clip: Keep the implied clean action within [-1, 1].
         noise_scale: Scale of the initial noise.
         eps_scale: Factor of the predicted noise.
@@ -83,6 +88,7 @@ class SamplerChanges:
     method: Literal["singlestep", "multistep"] | None = None
     grid: Literal["time_uniform", "logsnr"] | None = None
     variant: Literal["plain", "taylor"] | None = None
+    variance: Literal["posterior", "beta"] | None = None
     clip: bool | None = None
     noise_scale: float | None = None
     eps_scale: float | None = None

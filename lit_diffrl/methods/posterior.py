@@ -272,8 +272,10 @@ class PosteriorTable(nn.Module):
         w = (m.mu_sq - m.mu.square().mean(-1)).clamp_min(0)  # of their means
         e = (m.error - (m.action - m.mu).square().mean(-1)).clamp_min(0)  # of the difference
         varies = w > 1e-7 * m.mu_sq  # beyond rounding, as one sample alone does not
+        mu = m.mu
         if seen is not None:
             varies &= seen
+            mu = torch.where(varies[:, None], mu, self.action_mean.to(mu.dtype))
         rho = torch.where(varies, (0.5 * (v + w - e) / w).clamp(0, 1), 1.0)
 
         calibrated = self.mean_estimator == "calibrated"
@@ -294,7 +296,7 @@ class PosteriorTable(nn.Module):
             variance = variance.clamp(min=0).minimum(self.v_bar.to(variance.dtype))
         self.variance_at.copy_(non_decreasing(variance) if self.isotonic else variance)
         self.rho_at.copy_(rho)
-        self.mu_at.copy_(m.mu)
+        self.mu_at.copy_(mu)
         self.fitted.fill_(True)
 
 

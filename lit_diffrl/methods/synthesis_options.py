@@ -17,7 +17,7 @@ class EDMSamplerOptions:
         solver: ``heun`` (2 N - 1 network calls, with churn), ``euler`` (N calls, with churn) or ``multistep``, a
             second-order solver without churn (N calls).
         recondition_after_churn: Write the conditions into the sample after churn too, as in training; DyDiff's code
-            does not.
+            does not, which matters with its ``scale_conditions`` alone.
     """
 
     steps: int = 34
@@ -191,7 +191,7 @@ class SampleOptions:
         count: How many; for the memory see :mod:`~lit_diffrl.data.replay_buffer`.
         chunk: How many are denoised at once, over all processes.
         clip_actions: Keep actions within [-1, 1], where the environment's are; SynthER does not.
-        clip_to_data: Keep states and rewards within the data's limits.
+        clip_to_data: Keep all entries within the data's limits.
     """
 
     count: int = 5_000_000

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -46,6 +47,7 @@ class Synthesis(OfflineLearner):
 
     models: tuple[str, ...]
     models_data: tuple[str, ...] = ()  # arguments of the data module that they cannot be lent across
+    needs_denoiser: bool = True
     edm: EDM
     churn: Churn
     edm_sampler: EDMSamplerOptions
@@ -165,18 +167,22 @@ class Synthesis(OfflineLearner):
 
     # ---------------------------------------------------------------- synthesis
 
+    @property
+    def needed(self) -> int:
+        """Synthetic rows of a batch, over all processes."""
+        rows = self.data.batch_size * self.trainer.world_size
+        return rows - int(rows * self.real_ratio)
+
     def on_fit_start(self) -> None:
         """Refuse rows that the processes could not share evenly, and too few; take the models that are lent."""
         super().on_fit_start()
         (name, count), world = self.drawn_for_all, self.trainer.world_size
         if count % world:
             raise ConfigError(f"model.{name} {count} cannot be shared by {world} processes; give a multiple of {world}")
-        rows = self.data.batch_size * world
-        needed = rows - int(rows * self.real_ratio)
-        if self.buffer.capacity < needed:
+        if self.buffer.capacity < self.needed:
             raise ConfigError(
-                f"the learner's batches take {needed} synthetic transitions (data.batch_size, model.real_ratio), but "
-                f"model.{self.kept_option} keeps {self.buffer.capacity}, so none would ever be used; keep more"
+                f"the learner's batches take {self.needed} synthetic transitions (data.batch_size, model.real_ratio), "
+                f"but model.{self.kept_option} keeps {self.buffer.capacity}, so none would ever be used; keep more"
             )
         self.buffer.to(self.device)  # a checkpoint is taken up before the Trainer moves the networks
         if self.models_ckpt is not None and self.trainer.ckpt_path is None:
@@ -199,6 +205,11 @@ class Synthesis(OfflineLearner):
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             logs = self.synthesize()
         self.train(training)
+        if len(self.buffer) < self.needed:
+            rank_zero_warn(
+                f"{len(self.buffer)} synthetic transitions, fewer than the {self.needed} of a batch: batches stay real "
+                "until there are more; give more starts, steps or a larger share kept"
+            )
         logs |= {"time/synthesis_s": time.perf_counter() - begun}
         self.log_now({**logs, "synthetic/rows": float(len(self.buffer)), "synthetic/age": self.buffer.age(epoch)})
 
@@ -291,6 +302,11 @@ class Synthesis(OfflineLearner):
             raise ConfigError(
                 f"model.models_ckpt {path} has {done} epochs, and its models learn until epoch {needed}; give a "
                 "checkpoint of its policy's phase"
+            )
+        if self.needs_denoiser and not int(state["denoiser_ema.count"]):
+            raise ConfigError(
+                f"model.models_ckpt {path} has a diffusion model that never learned (model.diffusion_epochs 0), which "
+                "this run needs; give another checkpoint, or model.rollouts.corrections 0"
             )
         self.load_state_dict(state, strict=False)
 

@@ -4,7 +4,7 @@ The ensemble is that of probabilistic dynamics models (Chua et al. 2018; Janner 
 member is a perceptron that predicts mean and log-variance of the state difference ``s' - s``, trained by
 maximum likelihood on its own bootstrap of the data and stopped by its held-out error; the best members become
 the elites that predict. DMEMM uses the mean in Eq. 9, the reward in Eq. 10 and reward and log-density in Eq.
-13; DyDiff uses samples in Eq. 6 and the reward in Eq. 10 of its paper.
+13; DyDiff uses the mean, or samples, in Eq. 6 and the reward in Eq. 10 of its paper.
 
 Departures from MBPO: the bounds of the log-variance belong to each member, and members stop one by one, so
 that each is exactly the network it would be alone. The reward head is bounded softly to the range of the

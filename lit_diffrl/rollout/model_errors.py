@@ -100,7 +100,7 @@ def closed_loop_errors(
     Args:
         simulator: Of the dataset.
         rollouts: The policy's states in models ``(n, H, obs)`` by name, raw, from the same first states.
-        policy: Acts, in the simulator, without noise of its own.
+        policy: Acts in the simulator; one that draws, as a diffusion policy, makes errors that no model could avoid.
         scale: ``(obs,)`` deviations of the states.
         terminal: Which states end an episode.
     """

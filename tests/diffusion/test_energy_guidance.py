@@ -41,13 +41,15 @@ def test_a_degree_for_each_row_is_that_of_the_row(rescale: Any) -> None:
     eps, grad = pair(4)
     scale = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=F64)
     rows = guided_eps(eps, grad, 0.7, scale, rescale)
-    if rescale != "batch":  # whose length is that of all rows together
-        for i, omega in enumerate(scale.tolist()):
-            alone = guided_eps(eps[i : i + 1], grad[i : i + 1], 0.7, omega, rescale)
-            torch.testing.assert_close(rows[i : i + 1], alone)
+    degrees = enumerate(scale.tolist())
+    plain = torch.cat([guided_eps(eps[i : i + 1], grad[i : i + 1], 0.7, omega) for i, omega in degrees])
+    if rescale == "batch":  # whose length is that of all rows together
+        torch.testing.assert_close(rows, plain * (eps.norm() / plain.norm()))
+        return
+    for i, omega in enumerate(scale.tolist()):
+        torch.testing.assert_close(rows[i : i + 1], guided_eps(eps[i : i + 1], grad[i : i + 1], 0.7, omega, rescale))
     with_actions = guided_eps(eps[:, None].expand(-1, 5, -1), grad[:, None].expand(-1, 5, -1), 0.7, scale, rescale)
-    if rescale != "batch":
-        torch.testing.assert_close(with_actions[:, 2], rows)
+    torch.testing.assert_close(with_actions[:, 2], rows)
 
 
 @pytest.mark.parametrize("omega", [0.3, 5.0])

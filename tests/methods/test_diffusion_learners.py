@@ -200,13 +200,35 @@ def test_each_critic_is_clipped_by_itself_or_both_together() -> None:
         for p in method.critic.parameters():
             p.grad = torch.ones_like(p)
             p.grad[1] *= 1e-6
-        method.clip_gradients_of = lambda optimizer, limit=None, m=method: (
-            torch.nn.utils.clip_grad_norm_(m.critic.parameters(), limit) if limit else torch.zeros(())
-        )
-        method.clip_critics(None)
+        before = torch.nn.utils.get_total_norm([p.grad for p in method.critic.parameters()])
+        assert float(method.clip_critics(torch.optim.SGD(method.critic.parameters()))) == pytest.approx(float(before))
         norms = [torch.cat([p.grad[i].flatten() for p in method.critic.parameters()]).norm() for i in (0, 1)]
         assert float(norms[0]) == pytest.approx(1.0, rel=1e-3)
         assert (float(norms[1]) > 1e-5) == each
+
+
+def test_few_steps_are_refused_to_the_linear_schedule() -> None:
+    for kind in (EDPTD3, DiffusionQL):
+        with pytest.raises(
+            ConfigError, match=r"'linear' needs model.n_diffusion_steps above 20, got 20.*use schedule 'vp'"
+        ):
+            kind(n_diffusion_steps=20, schedule="linear")
+        kind(n_diffusion_steps=21, schedule="linear")
+
+
+def test_the_ablation_of_eq_9_needs_a_loss_that_asks_for_an_action() -> None:
+    with pytest.raises(ConfigError, match="action_approximation false.*objective 'mle'"):
+        EDPIQL(action_approximation=False, objective="elbo")
+
+
+def test_an_action_that_is_not_clipped_is_eq_9s() -> None:
+    """The paper's, where the code clips."""
+    method = built(EDPTD3, clip_approximation=False)
+    k, eps = torch.full((4,), 25), torch.zeros(4, 1)
+    noised = Noised(k, torch.ones(4, 1), eps, eps[:, 0])
+    signal = float(method.schedule.signal[25])
+    torch.testing.assert_close(method.improved_action(noised, torch.zeros(4, 2)), torch.full((4, 1), 1 / signal))
+    assert float(built(EDPTD3).improved_action(noised, torch.zeros(4, 2)).max()) == 1 < 1 / signal
 
 
 def test_max_q_backup_takes_the_best_of_several_actions() -> None:
@@ -236,7 +258,13 @@ def test_what_is_not_changed_at_evaluation_is_as_in_training() -> None:
     assert EDPTD3().eval_sampler == EDPTD3().sampler == EDPTD3(eval_sampler={}).eval_sampler
     guided = QGPO(sampler={"steps": 8, "method": "multistep"}, eval_sampler={"steps": 4})
     assert guided.eval_sampler == SolverOptions(steps=4, method="multistep") and guided.sampler.steps == 8
-    for options in ({"steps": 0}, {"noise_scale": -1.0}, {"name": "ddim", "order": 2}, {"method": "half"}):
+    for options in (
+        {"steps": 0},
+        {"noise_scale": -1.0},
+        {"name": "ddim", "order": 2},
+        {"method": "half"},
+        {"variance": "beta"},
+    ):
         with pytest.raises(ConfigError, match="sampler"):
             EDPTD3(eval_sampler=options)
     with pytest.raises(ConfigError, match=r"ActionSamplerOptions.*accepted: SamplerChanges"):

@@ -135,7 +135,7 @@ def test_each_critic_is_clipped_by_itself_where_asked(
 
 
 @pytest.mark.parametrize("kind", [CQL, CRR])
-def test_the_best_of_several_next_actions_raises_the_target(kind: type[Any]) -> None:
+def test_several_next_actions_are_drawn_for_the_best_of_them(kind: type[Any]) -> None:
     shapes, data = {}, batch()
     for count in (1, 5):
         method = built(kind, critic={"backup_candidates": count})

@@ -188,10 +188,33 @@ def test_selection_moves_a_gaussian_as_far_as_its_candidates_reach(
     if chosen_std is not None:
         second = (weights * candidates.square()).sum(1).mean()
         assert float((second - first.mean() ** 2).sqrt()) == pytest.approx(chosen_std, abs=3e-3)
+    q = b * candidates[0]
+    grid = (torch.arange(100_000) + 0.5) / 100_000  # all of chance
+    share = choose_candidates(q.expand(len(grid), -1), 1.0, grid).bincount(minlength=count) / len(grid)
+    torch.testing.assert_close(share, weights[0], atol=2e-5, rtol=0)
     few = candidates[: 1_000_000 // count]
     index = choose_candidates(b * few, 1.0, torch.rand(len(few), generator=generator))
     drawn = few.gather(1, index[:, None]).mean()
     assert float(drawn) == pytest.approx(float(first[: len(few)].mean()), abs=5 * std / len(few) ** 0.5)
+
+
+# ---------------------------------------------------------------- oracle 6, through the policy
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_steps", "std", "variance", "expected"),
+    [("vp", 5, 0.1, "posterior", 0.019591), ("vp", 5, 0.3, "posterior", 0.141459),
+     ("linear", 100, 0.3, "posterior", 0.272254), ("linear", 1000, 0.3, "beta", 0.300922)],
+)  # fmt: skip
+def test_the_policys_ancestral_samples_have_the_known_spread(
+    kind: str, num_steps: int, std: float, variance: Any, expected: float
+) -> None:
+    """All is linear: row j follows a small unit of the j-th draw."""
+    policy, small = exact_policy(kind, num_steps, std), 1e-3
+    units = iter(small * torch.eye(num_steps + 1, dtype=torch.float64)[..., None])
+    options = ActionSamplerOptions("ddpm", variance=variance)
+    found = policy.sample(torch.zeros(num_steps + 1, 1), next(units), options, lambda x: next(units))
+    assert float(found.norm()) / small == pytest.approx(expected, abs=2e-6)
 
 
 # ---------------------------------------------------------------- oracle 19: two kinds of actions

@@ -274,7 +274,21 @@ def test_tracking_batches_finds_what_fitting_does() -> None:
     t = table.time[seen]
     torch.testing.assert_close(table.variance_at[seen], truth(t), rtol=0.15, atol=0.012)
     assert (table.rho_at[seen & (table.time < 0.5)] - 1).abs().max() < 0.1
-    assert (table.rho_at[table.weight == 0] == 1).all()
+
+
+def test_times_without_samples_yet_trust_the_network() -> None:
+    torch.manual_seed(0)
+    table = PosteriorTable(1, SDE, grid=24, bound=None).double()
+    _, action = dataset()
+    action = action + 0.7
+    table.describe(action)
+    a_0, t, eps = action[:512], torch.full((512,), 0.1, dtype=F64), torch.randn(512, 1, dtype=F64)
+    table.track(t, 0.5 * eps, eps, a_0)
+    a_t, late = SDE.q_sample(a_0, t + 0.7, eps), t + 0.7
+    assert table.weight[table.time > 0.7].max() == 0
+    torch.testing.assert_close(table.mean(a_t, late, eps), table.implied_mean(a_t, late, eps))
+    here = SDE.q_sample(a_0, t, eps)
+    assert (table.mean(here, t, 0.5 * eps) - table.implied_mean(here, t, 0.5 * eps)).abs().max() > 0.001, "calibrated"
 
 
 def test_processes_track_what_one_does_with_all_rows() -> None:

@@ -119,6 +119,10 @@ def test_the_softmax_filter_includes_with_the_probabilities_of_drawing_without_r
     assert z.softmax(0).tolist() == pytest.approx([0.062556, 0.212896, 0.724548], abs=1e-6)
     assert (z / 0.5).softmax(0).tolist() == pytest.approx([0.006815, 0.078934, 0.914251], abs=1e-6)
     draws = 20_000
+    first = torch.zeros(3)
+    for noise in gumbel(draws, 3):
+        first[syn.keep_softmax(returns, 1.1 / 3, noise, temperature=0.5, floor=0.0)] += 1
+    assert (first / draws).tolist() == pytest.approx([0.006815, 0.078934, 0.914251], abs=0.0064)
     counts = torch.zeros(3)
     for noise in gumbel(draws, 3):
         counts[syn.keep_softmax(returns, 2.1 / 3, noise, temperature=1.0, floor=0.0)] += 1
