@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 import torch
 from energy_learners import LEARNERS, act, built, fit, linear_bandit, small
 from lightning.pytorch import Trainer
+from short_runs import ROOT, Config
 from small_learners import same, transitions, weights
 
+from lit_diffrl.__main__ import main
 from lit_diffrl.data import PolicyBatch
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import AEPO, QGPO, TD3BC
@@ -248,6 +251,36 @@ def test_there_is_no_guidance_above_the_time_it_shall_begin_at(ready: Ready) -> 
     unguided = act(ready(guidance_scale=0.0), 10)
     torch.testing.assert_close(act(early, 10), unguided)
     assert float((act(late, 10) - unguided).abs().max()) > 1e-2
+
+
+# ---------------------------------------------------------------- by command
+
+
+def test_one_command_lends_the_behaviour_model_and_one_compares_degrees(
+    mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    monkeypatch.chdir(tmp_path)
+    first = Config(ROOT / "conf/qgpo.yaml", epochs=1).fit("a")
+    (lender,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    second = Config(ROOT / "conf/aepo.yaml", epochs=1).fit("b", "--model.behaviour_ckpt", str(lender))
+    behaviours = [
+        {k: v for k, v in content["state_dict"].items() if k.startswith("behaviour.")} for content in (first, second)
+    ]
+    assert behaviours[0] and all(torch.equal(x, behaviours[1][name]) for name, x in behaviours[0].items())
+
+    (last,) = Path("tb_logs").glob("*/*/b/checkpoints/last.ckpt")
+    capsys.readouterr()
+    played = ["--rollout.test_episodes=1", "--rollout.num_envs=1", "--rollout.max_steps=3"]
+    ways = ["--model.guidance_scale", "[0,0.5]", "--model.rescale", "[false,true]"]
+    assert main(["test", "--ckpt_path", str(last), *played, *ways]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("guidance scale", "score, not rescaled", "score, rescaled")), out
+    (results,) = Path("tb_logs").glob("*/*/b/results/last-test.json")
+    points = json.loads(results.read_text())["comparison"]
+    assert [(point["guidance scale"], point["curve"]) for point in points] == [
+        (0, "not rescaled"), (0.5, "not rescaled"), (0, "rescaled"), (0.5, "rescaled")
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- what is refused
