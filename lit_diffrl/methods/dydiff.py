@@ -7,7 +7,7 @@ equations by number, and the authors' code.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -120,7 +120,6 @@ class DyDiff(DynamicsModels):
         check_range("model.world_model_epochs", world_model_epochs, 1)
         check_choice("model.termination", termination, TERMINATIONS)
         check_range("model.diffusion_epochs", diffusion_epochs, 1 if self.rollouts.corrections else 0)
-        self.needs_denoiser = self.rollouts.corrections > 0
         if self.rollouts.warm_start is not None:
             check_range("rollouts.warm_start", self.rollouts.warm_start, 1, self.edm_sampler.steps - 1)
         self.denoiser_options = as_options(TrajectoryDenoiserOptions(), denoiser)
@@ -139,6 +138,16 @@ class DyDiff(DynamicsModels):
         super().build(spec)
         self.build_buffer(spec, self.rollouts.capacity)
         self.rule: Termination = termination_rule(self.termination, spec.env_spec)
+
+    def _refuse_other_models(
+        self, content: Mapping[str, Any], state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    ) -> None:
+        super()._refuse_other_models(content, state, wanted)
+        if self.rollouts.corrections and not int(state["denoiser_ema.count"]):
+            raise ConfigError(
+                "has a diffusion model that never learned, and model.rollouts.corrections asks it; give a checkpoint "
+                "of a run with model.diffusion_epochs, or corrections 0"
+            )
 
     @property
     def drawn_for_all(self) -> tuple[str, int]:

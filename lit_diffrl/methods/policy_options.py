@@ -94,7 +94,7 @@ class SamplerChanges:
     eps_scale: float | None = None
 
     def __post_init__(self) -> None:
-        self.of(ActionSamplerOptions(name="dpm"))  # which refuses what no sampler takes
+        self.of(ActionSamplerOptions(name="ddpm" if self.variance else "dpm"))  # which refuses what no sampler takes
 
     def of(self, sampler: ActionSamplerOptions) -> ActionSamplerOptions:
         """The sampler of training with these changes."""

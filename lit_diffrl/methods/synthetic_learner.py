@@ -47,7 +47,6 @@ class Synthesis(OfflineLearner):
 
     models: tuple[str, ...]
     models_data: tuple[str, ...] = ()  # arguments of the data module that they cannot be lent across
-    needs_denoiser: bool = True
     edm: EDM
     churn: Churn
     edm_sampler: EDMSamplerOptions
@@ -302,11 +301,6 @@ class Synthesis(OfflineLearner):
             raise ConfigError(
                 f"model.models_ckpt {path} has {done} epochs, and its models learn until epoch {needed}; give a "
                 "checkpoint of its policy's phase"
-            )
-        if self.needs_denoiser and not int(state["denoiser_ema.count"]):
-            raise ConfigError(
-                f"model.models_ckpt {path} has a diffusion model that never learned (model.diffusion_epochs 0), which "
-                "this run needs; give another checkpoint, or model.rollouts.corrections 0"
             )
         self.load_state_dict(state, strict=False)
 

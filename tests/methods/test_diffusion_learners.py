@@ -256,6 +256,7 @@ def test_what_is_not_changed_at_evaluation_is_as_in_training() -> None:
     assert other.eval_sampler == ActionSamplerOptions("ddim", noise_scale=0.5), "no option of a sampler that is gone"
     assert EDPTD3(eval_sampler={"name": "dpm", "clip": False}).eval_sampler == ActionSamplerOptions("dpm", clip=False)
     assert EDPTD3().eval_sampler == EDPTD3().sampler == EDPTD3(eval_sampler={}).eval_sampler
+    assert DiffusionQL(eval_sampler={"variance": "beta"}).eval_sampler == ActionSamplerOptions(variance="beta")
     guided = QGPO(sampler={"steps": 8, "method": "multistep"}, eval_sampler={"steps": 4})
     assert guided.eval_sampler == SolverOptions(steps=4, method="multistep") and guided.sampler.steps == 8
     for options in (
