@@ -7,7 +7,9 @@ So the code must be an environment or a wrapper of a known package, or what this
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
 
     from lit_diffrl.data.spec import DatasetSpec
+
+log = logging.getLogger(__name__)
 
 KNOWN = ("gymnasium", "gymnasium_robotics", "lit_diffrl", "minari")
 TRUST = "LIT_DIFFRL_ENV_PACKAGES"  # environment variable: further packages, separated by commas
@@ -108,6 +112,26 @@ def _nearest_id(env_id: str) -> str:
     return nearest(env_id, gym.registry) or "gymnasium.pprint_registry() lists them"
 
 
+@contextlib.contextmanager
+def _quiet_models() -> Iterator[None]:
+    """Leave out what MuJoCo finds outdated in Gymnasium's own model files.
+
+    It would print it, and append it to a file in the working folder, for each environment of each evaluation. Other
+    warnings go to the program's log.
+    """
+    import mujoco
+
+    def warn(message: str) -> None:
+        if "deprecated" not in message:
+            log.warning(message)
+
+    mujoco.set_mju_user_warning(warn)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(None)
+
+
 def make_env(env_spec: str, *, render: bool = False) -> gym.Env:
     """Build an environment from its saved description.
 
@@ -126,7 +150,8 @@ def make_env(env_spec: str, *, render: bool = False) -> gym.Env:
         os.environ.setdefault("MUJOCO_GL", "egl")  # the default needs a display
     spec = check_env(env_spec)
     try:
-        env = gym.make(spec, disable_env_checker=True, **options)
+        with _quiet_models():
+            env = gym.make(spec, disable_env_checker=True, **options)
     except Exception as error:  # packages fail in their own ways when a simulator or an asset is missing
         raise ConfigError(
             f"cannot build the evaluation environment {env_spec[:120]} ({type(error).__name__}: {error}); install "

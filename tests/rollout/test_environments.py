@@ -19,6 +19,7 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.rollout.environments import check_env, make_env, rehearse
 
+HALF_CHEETAH = "HalfCheetah-v5"
 HOPPER = "gymnasium.envs.mujoco.hopper_v5:HopperEnv"
 Describe = Callable[..., DatasetSpec]
 
@@ -51,6 +52,38 @@ def test_environments_of_known_packages_are_built() -> None:
         spec_json(wrapper="gymnasium.wrappers:ClipAction"),
     ):
         make_env(env_spec).close()
+
+
+def test_what_mujoco_finds_outdated_in_the_models_is_not_said(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = gym.spec(HALF_CHEETAH).to_json()
+    gym.make(HALF_CHEETAH).close()
+    assert "deprecated" in capfd.readouterr().err  # what Gymnasium's own call says of this model
+    make_env(spec).close()
+    assert capfd.readouterr().err == ""
+
+
+def test_other_warnings_of_mujoco_are_passed_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mujoco
+
+    def build(*_: Any, **__: Any) -> Any:
+        model = mujoco.MjModel.from_xml_string(
+            '<mujoco><worldbody><body><freejoint/><geom size="1"/></body></worldbody></mujoco>'
+        )
+        data = mujoco.MjData(model)
+        data.qvel[0] = float("nan")
+        mujoco.mj_step(model, data)
+        return made(HALF_CHEETAH)
+
+    made = gym.make
+    monkeypatch.setattr(gym, "make", build)
+    with caplog.at_level("WARNING"):
+        make_env(gym.spec(HALF_CHEETAH).to_json()).close()
+    assert [record.message.startswith("Nan, Inf or huge value") for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if _evaluation(name)[0]])
