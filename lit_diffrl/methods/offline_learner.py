@@ -147,6 +147,12 @@ class OfflineLearner(Method):
         q = self.target_critic.net(next_obs, action)
         return max_backup(q, self.critic_options.backup_top_k) if q.dim() == 3 else q.amin(dim=0)
 
+    def softmax_of_all(self, x: Tensor) -> Tensor:
+        """Softmax of ``x (B,)`` over the rows of all processes, without gradient: all of them together sum to 1."""
+        x = x.detach()
+        rows = x if self._trainer is None else self.trainer.strategy.all_gather(x)
+        return (x - rows.flatten().logsumexp(dim=0)).exp()
+
     def select(self, obs: Tensor, actions: Tensor, rows: list[int], options: SelectionOptions) -> Tensor:
         """Choose among candidates by the least of the critics (EDP, section 4.5).
 

@@ -170,6 +170,38 @@ def test_the_value_of_edp_crr_is_that_of_actions_around_eq_9_in_no_box() -> None
     torch.testing.assert_close(found, (advantage / 2).exp().clamp(max=20), rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("std", [0.0, 0.1])
+def test_the_value_of_edp_crr_is_the_best_of_its_candidates_or_their_mean(std: float) -> None:
+    """Of actions as wide as told around Eq. 9's."""
+    data, a_hat, found = batch(), 1.8 * torch.rand(16, ACTION) - 0.9, dict[str, Tensor]()
+    for over in ("mean", "max"):
+        method = built(EDPCRR, candidates=50, candidate_std=std, advantage=over, weighting="softmax", beta=3.0)
+        method.critic = Square()
+        found[over] = method.weights(data, a_hat)
+        asked = method.critic.asked
+        torch.testing.assert_close((asked - a_hat[:, None]).std(1), torch.full((16, ACTION), std), atol=0.05, rtol=0)
+        value = -1 - asked.square().sum(-1)
+        value = value.mean(1) if over == "mean" else value.max(1).values
+        torch.testing.assert_close(found[over], ((-1 - data.action.square().sum(-1) - value) / 3).softmax(0))
+    if std == 0:
+        torch.testing.assert_close(found["mean"], found["max"])
+
+
+def test_scaled_to_a_mean_of_1_a_softmax_is_the_exponential_without_its_bound() -> None:
+    """EDP's ``adv_norm`` differs from the exponential only in the size of the weights, where no bound is met."""
+    advantage = torch.linspace(-3, 2, 16)
+    for learner in (built(EDPCRR, weighting=kind, normalize_weights=True) for kind in ("exp", "softmax")):
+        torch.testing.assert_close(learner.settle(learner.weigh(advantage)), 16 * advantage.softmax(0))
+    over = torch.tensor([0.0, 10.0])
+    torch.testing.assert_close(built(EDPCRR, weighting="softmax").weigh(over), over.softmax(0))
+    assert built(EDPCRR).weigh(over).tolist() == pytest.approx([1.0, 20.0])
+
+
+def test_the_width_of_candidates_that_the_policy_draws_is_its_own() -> None:
+    with pytest.raises(ConfigError, match="candidate_std 0.5 is for candidates around .* leave one of them out"):
+        EDPCRR(candidate_std=0.5, action_approximation=False)
+
+
 def test_without_eq_9_the_value_of_edp_crr_is_that_of_the_policys_own_actions() -> None:
     method = built(EDPCRR, candidates=3, action_approximation=False)
     method.critic = Square()
