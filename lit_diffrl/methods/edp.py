@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
@@ -51,7 +51,7 @@ class EDPTD3(SimultaneousEDP):
         q = self.critic(batch.obs, a_hat, members=slice(i, i + 1))[0]
         improvement = self.alpha * normalized_q_loss(q, self.mean_of_all(q.abs()))
         diffusion = noised.error.mean()
-        return {"total": diffusion + self.guide_weight * improvement, "diffusion": diffusion, "q": improvement}
+        return {"total": self.total_loss(diffusion, improvement), "diffusion": diffusion, "q": improvement}
 
 
 class EDPCRR(WeightedEDP, SimultaneousEDP, AdvantageWeighted):
@@ -112,7 +112,7 @@ class EDPCRR(WeightedEDP, SimultaneousEDP, AdvantageWeighted):
         weights = self.weights(batch, self.policy.approximate(noised, clip=self.clip_approximation).detach())
         guide = self.guide_loss(weights, noised, batch)
         diffusion = noised.error.mean()
-        return {"total": diffusion + self.guide_weight * guide, "diffusion": diffusion, "guide": guide}
+        return {"total": self.total_loss(diffusion, guide), "diffusion": diffusion, "guide": guide}
 
 
 class EDPIQL(WeightedEDP):
@@ -153,8 +153,7 @@ class EDPIQL(WeightedEDP):
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Adam for the critics, the policy and the value."""
-        value = Adam(self.value.parameters(), lr=self.critic_options.lr, fused=True)
-        return [*super().configure_optimizers(), value]
+        return [*super().configure_optimizers(), self.critic_optimizer(self.value)]
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         """One update: value, policy, critics, averages."""
@@ -171,8 +170,8 @@ class EDPIQL(WeightedEDP):
         weights = self.settle(exponential_weights(advantage, self.eta, self.bound))
         noised = self.policy.noised(batch.action, batch.obs, self.draws)
         diffusion, guide = noised.error.mean(), self.guide_loss(weights, noised, batch)
-        policy_loss = diffusion + self.guide_weight * guide
-        policy_norm = self.descend(policy_optimizer, policy_loss, "policy", batch, self.grad_clip)
+        total = self.total_loss(diffusion, guide)
+        policy_norm = self.descend(policy_optimizer, total, "policy", batch, self.grad_clip)
 
         with torch.no_grad():
             y = td_target(batch.reward, batch.done, batch.discount, self.value(batch.next_obs))

@@ -37,6 +37,7 @@ class EDP(DiffusionLearner):
     Args:
         policy_epochs: Length of training in epochs.
         guide_weight: Weight of the improvement beside the diffusion loss: Table 3's 1, 1, 0.1 and 0.005.
+        diffusion_weight: Weight of the diffusion loss (the code's ``diff_coef``); 0 improves without cloning.
         action_approximation: Improve the action of Eq. 9; false draws it through the sampler with gradient instead.
         clip_approximation: Keep the action of Eq. 9 within the box, as the code.
         n_diffusion_steps: Diffusion steps K.
@@ -56,6 +57,7 @@ class EDP(DiffusionLearner):
         self,
         policy_epochs: int = 2000,
         guide_weight: float = 1.0,
+        diffusion_weight: float = 1.0,
         action_approximation: bool = True,
         clip_approximation: bool = True,
         n_diffusion_steps: int = 1000,
@@ -72,14 +74,19 @@ class EDP(DiffusionLearner):
     ) -> None:
         super().__init__()
         check_range("model.guide_weight", guide_weight, 0, high_open=True)
+        check_range("model.diffusion_weight", diffusion_weight, 0, high_open=True)
         self.save_hyperparameters(logger=False)
-        self.guide_weight, self.action_approximation = guide_weight, action_approximation
-        self.clip_approximation = clip_approximation
+        self.guide_weight, self.diffusion_weight = guide_weight, diffusion_weight
+        self.action_approximation, self.clip_approximation = action_approximation, clip_approximation
         self._keep(
             policy_epochs, n_diffusion_steps, schedule, as_options(DPM, sampler), eval_sampler,
             as_options(SelectionOptions(), selection), net, as_options(EDP_CRITIC, critic), ema, lr, lr_decay,
             grad_clip,
         )  # fmt: skip
+
+    def total_loss(self, diffusion: Tensor, improvement: Tensor) -> Tensor:
+        """What the policy descends: Algorithm 1's sum of cloning and improvement, each by its weight."""
+        return self.diffusion_weight * diffusion + self.guide_weight * improvement
 
     def improved_action(self, noised: Noised, obs: Tensor) -> Tensor:
         """The action ``(B, A)`` that the critic judges: Eq. 9's, or (the ablation) one drawn with gradient."""
@@ -138,7 +145,9 @@ class WeightedEDP(EDP):
     updates; a run of some thousands wants one of about 0.02.
 
     Args:
-        objective: What stands for the likelihood: ``mle``, Eq. 13, or ``elbo``, Eq. 12 (not with a cosine schedule).
+        objective: What stands for the likelihood: ``mle``, Eq. 13; ``elbo``, Eq. 12 (not with a cosine schedule); or
+            ``mse``, the code's third way: minus the mean squared error of one draw from Eq. 13's Gaussian, whose
+            gradient is Eq. 13's times ``2 / A`` in the mean, with noise.
         normalize_elbo: Scale Eq. 12's weights of the diffusion steps to a mean of 1, as the code.
         normalize_weights: Divide the actions' weights by their mean over the batch.
         **kwargs: As :class:`EDP`.
@@ -148,12 +157,12 @@ class WeightedEDP(EDP):
 
     def __init__(
         self,
-        objective: Literal["mle", "elbo"] = "mle",
+        objective: Literal["mle", "elbo", "mse"] = "mle",
         normalize_elbo: bool = True,
         normalize_weights: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_choice("model.objective", objective, ("mle", "elbo"))
+        check_choice("model.objective", objective, ("mle", "elbo", "mse"))
         self.objective, self.normalize_elbo, self.normalize_weights = objective, normalize_elbo, normalize_weights
         super().__init__(**kwargs)
         if objective == "elbo" and self.schedule.kind == "cosine":
@@ -175,8 +184,12 @@ class WeightedEDP(EDP):
         return weights / self.mean_of_all(weights).clamp_min(1e-8) if self.normalize_weights else weights
 
     def guide_loss(self, weights: Tensor, noised: Noised, batch: PolicyBatch) -> Tensor:
-        """Minus the weighted likelihood of the data's actions: under N(a_hat, I) (Eq. 13), or its bound (Eq. 12)."""
+        """Minus the weighted likelihood of the data's actions: under N(a_hat, I) (Eq. 13), or what stands for it."""
         if self.objective == "elbo":
             omega: Tensor = self.omega  # type: ignore[assignment]
             return (weights * omega[noised.k - 1] * noised.error).mean()
-        return -(weights * surrogate_log_prob(batch.action, self.improved_action(noised, batch.obs))).mean()
+        a_hat = self.improved_action(noised, batch.obs)
+        if self.objective == "mse":
+            drawn = a_hat + self.draws.randn_like(a_hat)
+            return (weights * (drawn - batch.action).square().mean(dim=-1)).mean()
+        return -(weights * surrogate_log_prob(batch.action, a_hat)).mean()

@@ -94,8 +94,8 @@ class IQL(OfflineLearner):
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Adam for the value, the policy and the critics."""
-        value = Adam(self.value.parameters(), lr=self.critic_options.lr, fused=True)
-        return [value, Adam(self.actor.parameters(), lr=self.lr, fused=True), self.critic_optimizer()]
+        policy = Adam(self.actor.parameters(), lr=self.lr, fused=True)
+        return [self.critic_optimizer(self.value), policy, self.critic_optimizer()]
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         """One update: value, policy, critics, targets."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
-from torch.optim import Adam
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from lit_diffrl.data.normalizers import normalizer_from_state
 from lit_diffrl.data.spec import DatasetSpec
@@ -82,9 +82,13 @@ class OfflineLearner(Method):
                 "that the best could be taken of; use 1, or another learner"
             )
 
-    def critic_optimizer(self) -> Adam:
-        """Adam over both critics; it works entry by entry, so this is one optimizer for each."""
-        return Adam(self.critic.parameters(), lr=self.critic_options.lr, fused=True)
+    def critic_optimizer(self, net: nn.Module | None = None) -> Optimizer:
+        """AdamW over both critics, or over the ``net`` of state values that learns beside them.
+
+        It works entry by entry, so this is one optimizer for each critic.
+        """
+        o = self.critic_options
+        return AdamW((net or self.critic).parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
 
     def clip_critics(self, optimizer: LightningOptimizer) -> Tensor:
         """Measure the norm of the critics' gradient and shorten it to ``critic.grad_clip``, each critic's or both's.

@@ -165,7 +165,8 @@ class CriticOptions:
         activation: ``mish``, ``relu`` or ``silu``.
         layer_norm: Normalise hidden layers: a stability aid the originals lack.
         orthogonal: Orthogonal initial weights (CQL) instead of torch's.
-        lr: Learning rate of Adam.
+        lr: Learning rate of AdamW.
+        weight_decay: Its decay of the weights (0 in EDP's code and all others: Adam).
         grad_clip: Largest norm of the gradient; null for no limit.
         clip_each: Clip each critic by itself (EDP) rather than both together (Diffusion-QL).
         tau: Weight of the critics in each step of their targets.
@@ -179,6 +180,7 @@ class CriticOptions:
     layer_norm: bool = False
     orthogonal: bool = False
     lr: float = 3e-4
+    weight_decay: float = 0.0
     grad_clip: float | None = None
     clip_each: bool = False
     tau: float = 0.005
@@ -190,6 +192,7 @@ class CriticOptions:
         check_range("critic.layers", self.layers, 1)
         check_choice("critic.activation", self.activation, ("mish", "relu", "silu"))
         check_range("critic.lr", self.lr, 0, low_open=True, high_open=True)
+        check_range("critic.weight_decay", self.weight_decay, 0, high_open=True)
         check_range("critic.tau", self.tau, 0, 1, low_open=True)
         check_range("critic.backup_candidates", self.backup_candidates, 1)
         check_range("critic.backup_top_k", self.backup_top_k, 1, self.backup_candidates)

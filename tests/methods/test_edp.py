@@ -209,6 +209,44 @@ def test_without_eq_9_the_value_of_edp_crr_is_that_of_the_policys_own_actions() 
     assert method.critic.asked.shape == (16, 3, ACTION) and float(method.critic.asked.abs().max()) <= 1
 
 
+@pytest.mark.parametrize("kind", [EDPTD3, EDPCRR, EDPIQL])
+def test_cloning_and_improvement_each_count_by_their_weight(kind: type[Any]) -> None:
+    """The gradient of the sum is that of its parts; without cloning's weight only the improvement is left."""
+    gradients = {}
+    for cloning, guide in ((0.7, 0.3), (1.0, 0.0), (0.0, 1.0)):
+        method, found = built(kind, diffusion_weight=cloning, guide_weight=guide), list[Tensor]()
+
+        def look(name: str, loss: Tensor, method: Any = method, found: list[Tensor] = found) -> None:
+            if name == "policy":
+                found += torch.autograd.grad(loss, list(method.policy.parameters()), retain_graph=True)
+
+        at_each_step(method, look)
+        method.training_step(batch(), 0)
+        gradients[cloning] = found
+    for both, clone, improve in zip(gradients[0.7], gradients[1.0], gradients[0.0], strict=True):
+        torch.testing.assert_close(both, 0.7 * clone + 0.3 * improve, rtol=1e-4, atol=1e-6)
+        assert float(improve.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("kind", [EDPCRR, EDPIQL])
+def test_the_mean_square_of_draws_has_in_the_mean_the_gradient_of_eq_13_times_2_over_a(kind: type[Any]) -> None:
+    rows = 200_000
+    width = 5
+    action, a_hat = torch.zeros(rows, width), torch.full((rows, width), 0.4, requires_grad=True)
+    data, f = batch(16), 1.7 * torch.ones(rows)
+    gradients = {}
+    for objective in ("mle", "mse"):
+        method = built(kind, objective=objective)
+        method.improved_action = lambda noised, obs: a_hat
+        loss = method.guide_loss(f, None, data._replace(action=action))
+        (gradient,) = torch.autograd.grad(loss, a_hat)
+        gradients[objective] = gradient.sum(0)
+        if objective == "mse":
+            assert float(loss) == pytest.approx(1.7 * (0.4**2 + 1), rel=0.01)
+    torch.testing.assert_close(gradients["mle"], torch.full((width,), 1.7 * 0.4), rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradients["mse"], 2 / width * gradients["mle"], rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("objective", ["mle", "elbo"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_loss_of_edp_crr_is_that_of_cloning_and_the_weighted_likelihood(objective: str, normalize: bool) -> None:

@@ -52,6 +52,25 @@ def test_targets_begin_as_copies_and_follow_by_tau(kind: type[Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", WITH_CRITICS)
+def test_values_decay_beside_their_step_and_policies_do_not(kind: type[Any]) -> None:
+    """AdamW's decay: the first step with it ends lower by rate times decay times the initial weight."""
+    lr, decay = 1e-2, 0.3
+    plain, decayed = (built(kind, critic={"lr": lr, "weight_decay": w}) for w in (0.0, decay))
+    first = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for method in (plain, decayed):
+        method.draws.begin(method.draws.place, torch.device("cpu"))
+        method.training_step(batch(), 0)
+    values = [name for name in first if name.split(".")[0] in ("critic", "value")]
+    assert {name.split(".")[0] for name in values} == ({"critic", "value"} if kind is IQL else {"critic"})
+    for name in values:
+        with_decay, without = decayed.get_parameter(name), plain.get_parameter(name)
+        torch.testing.assert_close(with_decay, without - lr * decay * first[name], atol=1e-6, rtol=1e-4)
+        assert not torch.equal(with_decay, without) or not bool(first[name].any())
+    if kind in (CRR, CQL):  # whose policy takes its gradient before the values step
+        assert same(weights(plain.actor), weights(decayed.actor))
+
+
+@pytest.mark.parametrize("kind", WITH_CRITICS)
 def test_a_policys_step_leaves_gradients_on_the_policy_alone(kind: type[Any]) -> None:
     method = built(kind, **({"policy_freq": 1} if kind is TD3BC else {}))
     method.training_step(batch(), 0)
