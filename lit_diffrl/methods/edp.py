@@ -155,8 +155,8 @@ class EDPIQL(WeightedEDP):
         """Adam for the critics, the policy and the value."""
         return [*super().configure_optimizers(), self.critic_optimizer(self.value)]
 
-    def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
-        """One update: value, policy, critics, averages."""
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> dict[str, Tensor]:
+        """One update: value, policy, critics, averages; returns the diffusion loss."""
         critic_optimizer, policy_optimizer, value_optimizer = self.optimizers()  # type: ignore[attr-defined, misc]
         self.anneal(policy_optimizer)
         least = self.least_q(batch.obs, batch.action, target=True)
@@ -185,3 +185,4 @@ class EDPIQL(WeightedEDP):
             self.report({**losses, "loss/value": value_loss, "q/mean": q.mean()}, prog_bar=True)
             norms = {"grad_norm/value": value_norm, "grad_norm/policy": policy_norm, "grad_norm/critic": critic_norm}
             self.report({**norms, "q/target": y.mean(), "q/value": value.mean()})
+        return {"loss/diffusion": diffusion}

@@ -115,8 +115,8 @@ class SimultaneousEDP(EDP):
         """Losses of the policy under the names they are logged by; ``total`` is descended."""
         raise NotImplementedError
 
-    def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
-        """One update: policy under the old critics, critics, averages."""
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> dict[str, Tensor]:
+        """One update: policy under the old critics, critics, averages; returns the diffusion loss."""
         critic_optimizer, policy_optimizer = self.optimizers()  # type: ignore[attr-defined, misc]
         self.anneal(policy_optimizer)
 
@@ -133,6 +133,7 @@ class SimultaneousEDP(EDP):
             shown = {f"loss/{name}": loss for name, loss in losses.items() if name != "total"}
             self.report({**shown, "loss/critic": critic_loss, "q/mean": q.mean()}, prog_bar=True)
             self.report({"q/target": y.mean(), "grad_norm/critic": critic_norm, "grad_norm/policy": policy_norm})
+        return {"loss/diffusion": losses["diffusion"]}
 
 
 class WeightedEDP(EDP):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import ROOT, Config, curves
+from short_runs import ROOT, UPDATES, Config, curves
 from small_learners import ACTION, OBS, at_each_step, batch, same, transitions, weights
 from torch import Tensor, nn
 
@@ -363,6 +363,36 @@ def test_the_rate_of_the_policy_is_half_in_the_middle_of_a_cosine(monkeypatch: p
         method._trainer.current_epoch = epoch
         method.anneal(optimizer)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-6)
+
+
+# ---------------------------------------------------------------- offline selection
+
+
+@pytest.mark.parametrize("kind", [EDPTD3, EDPCRR, EDPIQL, DiffusionQL])
+def test_an_update_returns_the_loss_that_selection_goes_by(kind: type[Any]) -> None:
+    method = built(kind)
+    made = watch_noised(method)
+    outputs = method.training_step(batch(), 0)
+    torch.testing.assert_close(outputs[method.offline_loss].detach(), made[0].error.mean().detach())
+
+
+@pytest.mark.parametrize("path", ["dql.yaml", "dydiff_dql.yaml"])
+def test_a_run_keeps_the_evaluation_of_least_loss(
+    path: str, mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of an evaluation is the mean of what the curve, which here has every update, shows since the last."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    monkeypatch.chdir(tmp_path)
+    options = ("--rollout.every_n_epochs=1", "--model.policy_epochs=4", "--rollout.select=offline")
+    Config(ROOT / "conf" / path).fit("run", *options, "--rollout.select_rank=1")
+    found = curves("run", ("loss/diffusion", "eval/loss"))
+    losses = [value for _, value in found["loss/diffusion"]][-4 * UPDATES :]
+    means = [sum(losses[i : i + UPDATES]) / UPDATES for i in range(0, len(losses), UPDATES)]
+    assert [value for _, value in found["eval/loss"]] == pytest.approx(means, rel=1e-5)
+    (best,) = Path("tb_logs").glob("*/*/run/checkpoints/best.ckpt")
+    first = torch.load(best.with_name("last.ckpt"), weights_only=True)["epoch"] - 3
+    assert torch.load(best, weights_only=True)["epoch"] - first == means.index(sorted(means)[1])
+    assert "offline (rank 1)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- options of the sampler
