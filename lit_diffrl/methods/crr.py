@@ -43,7 +43,8 @@ class CRR(AdvantageWeighted):
     critic-weighted policy, section 3.3).
 
     Departures from the paper: twin critics and soft targets in place of a distributional critic and of copies every 100
-    updates, a single Gaussian in place of a mixture, 10 actions for the advantage in place of 4.
+    updates (the copies: ``critic.tau 1`` and ``critic.target_every 100``), a single Gaussian in place of a mixture, 10
+    actions for the advantage in place of 4.
 
     Logged: ``loss/critic``, ``loss/actor`` (minus a log-density, may become negative), ``weight`` (mean, near 1),
     ``weight_bound`` (share at the bound), ``advantage`` (mean: below 0 where the policy has outgrown the data),
@@ -58,7 +59,7 @@ class CRR(AdvantageWeighted):
         bound: Largest weight of ``exp``.
         selection: Choice among the policy's draws at evaluation; one candidate stands for the mean.
         actor: The policy's network.
-        critic: The critics and their targets; ``tau`` is the policy's too.
+        critic: The critics and their targets; ``tau`` and ``target_every`` are the policy's too.
         lr: Learning rate of the policy.
         grad_clip: Largest norm of its gradient; null for no limit.
     """
@@ -94,7 +95,8 @@ class CRR(AdvantageWeighted):
         super().build(spec)
         o = self.actor_options
         self.actor = GaussianActor(spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout)
-        self.target_actor = EMA(self.actor, 1 - self.critic_options.tau, every=1, start=0)
+        c = self.critic_options
+        self.target_actor = EMA(self.actor, 1 - c.tau, every=c.target_every, start=0)
         self.build_critics(spec)
 
     def configure_optimizers(self) -> list[Optimizer]:

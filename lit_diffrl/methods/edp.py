@@ -149,7 +149,7 @@ class EDPIQL(WeightedEDP):
         """Networks as EDP's, and the value's."""
         super().build(spec)
         o = self.critic_options
-        self.value = ValueNet(spec.obs_dim, o.hidden, o.layers, o.activation, o.layer_norm)
+        self.value = ValueNet(spec.obs_dim, o.hidden, o.layers, o.activation, o.layer_norm, o.first_tanh)
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Adam for the critics, the policy and the value."""
@@ -185,4 +185,4 @@ class EDPIQL(WeightedEDP):
             self.report({**losses, "loss/value": value_loss, "q/mean": q.mean()}, prog_bar=True)
             norms = {"grad_norm/value": value_norm, "grad_norm/policy": policy_norm, "grad_norm/critic": critic_norm}
             self.report({**norms, "q/target": y.mean(), "q/value": value.mean()})
-        return {"loss/diffusion": diffusion}
+        return {"loss/diffusion": diffusion.detach()}

@@ -133,7 +133,7 @@ class SimultaneousEDP(EDP):
             shown = {f"loss/{name}": loss for name, loss in losses.items() if name != "total"}
             self.report({**shown, "loss/critic": critic_loss, "q/mean": q.mean()}, prog_bar=True)
             self.report({"q/target": y.mean(), "grad_norm/critic": critic_norm, "grad_norm/policy": policy_norm})
-        return {"loss/diffusion": losses["diffusion"]}
+        return {"loss/diffusion": losses["diffusion"].detach()}
 
 
 class WeightedEDP(EDP):

@@ -89,7 +89,7 @@ class IQL(OfflineLearner):
         self.actor = GaussianActor(
             spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout, shared_std=True
         )
-        self.value = ValueNet(spec.obs_dim, c.hidden, c.layers, c.activation, c.layer_norm)
+        self.value = ValueNet(spec.obs_dim, c.hidden, c.layers, c.activation, c.layer_norm, c.first_tanh)
         self.build_critics(spec)
 
     def configure_optimizers(self) -> list[Optimizer]:

@@ -60,7 +60,10 @@ class OfflineLearner(Method):
         return self.spec is not None and int(self.updates) > 0
 
     def build_critics(self, spec: DatasetSpec, every: int = 1) -> None:
-        """Make the twin critics and their targets, which move at every ``every``-th update."""
+        """Make the twin critics and their targets.
+
+        These move at every ``every``-th update, or at every ``critic.target_every``-th of those.
+        """
         o = self.critic_options
         self.critic = TwinQ(
             spec.obs_dim,
@@ -69,9 +72,10 @@ class OfflineLearner(Method):
             layers=o.layers,
             activation=o.activation,
             layer_norm=o.layer_norm,
+            first_tanh=o.first_tanh,
             orthogonal=o.orthogonal,
         )
-        self.target_critic = EMA(self.critic, 1 - o.tau, every=every, start=0)
+        self.target_critic = EMA(self.critic, 1 - o.tau, every=every * o.target_every, start=0)
 
     def refuse_max_backup(self) -> None:
         """For learners whose target has no draws of a policy to take the best of."""

@@ -64,7 +64,7 @@ class OfflineSelection:
     def count(self, pl_module: LightningModule, outputs: Any) -> None:
         """Count in the loss of an update, if what ``training_step`` returned has one: models of data have none."""
         if self.measures and isinstance(outputs, Mapping) and pl_module.offline_loss in outputs:
-            self._sum = self._sum + outputs[pl_module.offline_loss].detach().double()  # type: ignore[index]
+            self._sum = self._sum + outputs[pl_module.offline_loss].double()  # type: ignore[index]
             self._updates += 1
 
     def close(self, trainer: Trainer) -> dict[str, float]:

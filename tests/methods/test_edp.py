@@ -286,10 +286,11 @@ def test_eq_12_is_refused_with_a_cosine_schedule_whose_last_step_has_nearly_all_
         kind(objective="mle", schedule="cosine")
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_the_value_is_a_network_like_the_critics(layer_norm: bool) -> None:
-    method = built(EDPIQL, critic={"layer_norm": layer_norm})
-    assert any(isinstance(layer, nn.LayerNorm) for layer in method.value.modules()) == layer_norm
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Tanh])
+@pytest.mark.parametrize("on", [False, True])
+def test_the_value_is_a_network_like_the_critics(kind: type[nn.Module], on: bool) -> None:
+    method = built(EDPIQL, critic={"layer_norm" if kind is nn.LayerNorm else "first_tanh": on})
+    assert any(isinstance(layer, kind) for layer in method.value.modules()) == on
 
 
 def test_the_papers_weight_of_eq_12_is_infinite_at_the_first_step() -> None:
@@ -373,7 +374,7 @@ def test_an_update_returns_the_loss_that_selection_goes_by(kind: type[Any]) -> N
     method = built(kind)
     made = watch_noised(method)
     outputs = method.training_step(batch(), 0)
-    torch.testing.assert_close(outputs[method.offline_loss].detach(), made[0].error.mean().detach())
+    torch.testing.assert_close(outputs[method.offline_loss], made[0].error.mean().detach())
 
 
 @pytest.mark.parametrize("path", ["dql.yaml", "dydiff_dql.yaml"])
@@ -402,6 +403,7 @@ def test_a_run_keeps_the_evaluation_of_least_loss(
     ("options", "words"),
     [
         ({"name": "ddim", "method": "multistep"}, "sampler.method 'multistep' is for sampler.name 'dpm'"),
+        ({"name": "ddpm", "final_denoise": True}, "sampler.final_denoise True is for sampler.name 'dpm'"),
         ({"name": "ddpm", "order": 2}, "sampler.order 2 is for .*leave sampler.order at 3"),
         ({"name": "ddpm", "grid": "logsnr"}, "sampler.grid 'logsnr' is for"),
         ({"name": "dpm", "grid": "logSNR"}, "sampler.grid must be one of time_uniform, logsnr"),

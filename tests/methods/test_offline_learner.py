@@ -51,6 +51,27 @@ def test_targets_begin_as_copies_and_follow_by_tau(kind: type[Any]) -> None:
             torch.testing.assert_close(new, old + 0.25 * (now - old))
 
 
+def test_targets_may_stand_still_between_copies() -> None:
+    """With a weight of 1 every third update copies critics and policy, as CRR's paper does every hundredth."""
+    method = built(CRR, critic={"tau": 1.0, "target_every": 3})
+    pairs = averages(method)
+    assert set(pairs) == {"actor", "critic"}
+    for update in range(1, 8):
+        before = {name: weights(average.net) for name, (_, average) in pairs.items()}
+        method.training_step(batch(), 0)
+        for name, (net, average) in pairs.items():
+            assert same(weights(average.net), weights(net) if update % 3 == 0 else before[name])
+
+
+@pytest.mark.parametrize(("kind", "updates"), [(IQL, 2), (TD3BC, 4)])
+def test_targets_move_at_every_so_manyth_update_that_may_move_them(kind: type[Any], updates: int) -> None:
+    method = built(kind, critic={"target_every": 2})
+    first = weights(method.target_critic.net)
+    for update in range(1, updates + 1):
+        method.training_step(batch(), 0)
+        assert same(first, weights(method.target_critic.net)) == (update < updates)
+
+
 @pytest.mark.parametrize("kind", WITH_CRITICS)
 def test_values_decay_beside_their_step_and_policies_do_not(kind: type[Any]) -> None:
     """AdamW's decay: the first step with it ends lower by rate times decay times the initial weight."""

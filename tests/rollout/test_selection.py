@@ -50,7 +50,7 @@ class Scripted(LightningModule):
         self.manual_backward(loss)
         optimizer.step()
         self.updates += 1
-        return {"loss/diffusion": loss}
+        return {"loss/diffusion": loss.detach()}
 
     def validation_step(self, batch, batch_idx):
         pass
