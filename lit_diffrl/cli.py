@@ -42,6 +42,7 @@ from lit_diffrl.processes import end_others, first_process, say
 from lit_diffrl.rollout.callback import RolloutEvaluation
 from lit_diffrl.rollout.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_diffrl.rollout.model_check import ModelCheck
+from lit_diffrl.rollout.selection import OfflineCheckpoint
 from lit_diffrl.run_callbacks import ConfiguredOptimizers, NoProfiler, RunProgressBar, SaveRunConfig
 from lit_diffrl.stopping import StopAfterUpdate
 from lit_diffrl.trainer_options import check_seed, check_trainer_options
@@ -228,7 +229,10 @@ class DiffRLCLI(LightningCLI):
         if config["enable_checkpointing"] is not False:
             folder = str(self.folder / "checkpoints")
             # One file each, replaced in place. `last` comes second: it then holds what `best` has just noted.
-            callbacks += [BestCheckpoint(folder), LastCheckpoint(folder)]
+            rollout: RolloutEvaluation = self._get(self.config_init, "rollout")
+            chosen = rollout.offline
+            best = OfflineCheckpoint(folder, chosen) if chosen.chooses else BestCheckpoint(folder)
+            callbacks += [best, LastCheckpoint(folder)]
         return callbacks
 
     # ---------------------------------------------------------------- running

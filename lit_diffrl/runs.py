@@ -1,7 +1,8 @@
 """Run folders: where a run writes, and which checkpoint an option means.
 
-A run lives in ``<logs>/<method>/<dataset>/<run>/``: event files, ``config.yaml``, ``checkpoints/{last,best}.ckpt``,
-``pictures/`` and ``results/``. Nothing here imports torch, so that a wrong name is answered at once.
+A run lives in ``<logs>/<method>/<dataset>/<run>/``: event files, ``config.yaml``, ``checkpoints/{last,best}.ckpt`` (and
+candidates for the best where it is chosen offline), ``pictures/`` and ``results/``. Nothing here imports torch, so that
+a wrong name is answered at once.
 """
 
 from __future__ import annotations

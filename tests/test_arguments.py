@@ -65,6 +65,7 @@ ACCEPTED: dict[tuple[str, Any], str] = {
     ("t_stopgrad", 0): "guidance acts in all steps",
     ("seed", 0): "a seed like any other",
     ("test_seed", 0): "a seed like any other",
+    ("select_rank", 0): "the evaluation of least loss",
 }
 
 

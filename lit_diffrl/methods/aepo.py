@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
@@ -190,10 +190,10 @@ class AEPO(EnergyLearner):
         self.register_buffer("target_scale", torch.tensor(math.nan if scale == "auto" else float(scale)))
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """Adam for the behaviour model, the critics, the energy and the values."""
+        """As the others, and one for the values."""
         optimizers = super().configure_optimizers()
         if self.uses_value:
-            optimizers.append(Adam(self.value.parameters(), lr=self.critic_options.lr, fused=True))
+            optimizers.append(self.critic_optimizer(self.value))
         return optimizers
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -38,7 +38,11 @@ class Agent(LightningModule):
 
     Attributes:
         spec: The dataset's description, with the bounds and normalisers that acting needs; None before networks exist.
+        offline_loss: Loss by which its checkpoints can be chosen without a simulator (``rollout.select offline``):
+            under this name ``training_step`` returns it; None where there is none.
     """
+
+    offline_loss: ClassVar[str | None] = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,10 +14,10 @@ from torch.optim import Adam, Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
-from lit_diffrl.errors import check_choice, check_range
+from lit_diffrl.errors import check_range
+from lit_diffrl.methods.advantage import AdvantageWeighted
 from lit_diffrl.methods.base import as_options
-from lit_diffrl.methods.losses import crr_weights, td_loss, td_target
-from lit_diffrl.methods.offline_learner import OfflineLearner
+from lit_diffrl.methods.losses import td_loss, td_target
 from lit_diffrl.methods.policy_options import ActorOptions, CriticOptions, SelectionOptions
 from lit_diffrl.nets.actors import GaussianActor, gaussian_log_prob
 from lit_diffrl.nets.ema import EMA
@@ -27,14 +27,15 @@ CRR_ACTOR = ActorOptions(layers=3, activation="mish")
 GREEDY = SelectionOptions(candidates=1)
 
 
-class CRR(OfflineLearner):
+class CRR(AdvantageWeighted):
     """A Gaussian policy by weighted likelihood, ``-mean f log pi(a | s)`` (Eq. 2).
 
     An update takes all gradients at the same, old parameters and then steps:
 
     1. Critics' target: ``r + gamma (1 - d) min_i Q'_i(s', a')``, a' drawn from the target policy.
     2. Advantage: ``A = min_i Q_i(s, a) - mean_j min_i Q_i(s, a_j)``, a_j drawn from the policy (Eq. 6), or the max over
-       them instead of the mean; weight ``f = min(exp(A / beta), bound)``, or ``1[A > 0]`` (Eqs. 4 and 3).
+       them instead of the mean; weight ``f = min(exp(A / beta), bound)``, or ``1[A > 0]`` (Eqs. 4 and 3), or, as EDP's
+       code has it, the softmax of ``A / beta`` over the batch.
     3. Policy, critics, targets of both.
 
     The policy is ``N(tanh(f(s)), sigma(s)^2)``; actions drawn from it are clipped to the box. At evaluation it takes
@@ -42,7 +43,8 @@ class CRR(OfflineLearner):
     critic-weighted policy, section 3.3).
 
     Departures from the paper: twin critics and soft targets in place of a distributional critic and of copies every 100
-    updates, a single Gaussian in place of a mixture, 10 actions for the advantage in place of 4.
+    updates (the copies: ``critic.tau 1`` and ``critic.target_every 100``), a single Gaussian in place of a mixture, 10
+    actions for the advantage in place of 4.
 
     Logged: ``loss/critic``, ``loss/actor`` (minus a log-density, may become negative), ``weight`` (mean, near 1),
     ``weight_bound`` (share at the bound), ``advantage`` (mean: below 0 where the policy has outgrown the data),
@@ -50,14 +52,14 @@ class CRR(OfflineLearner):
 
     Args:
         policy_epochs: Length of training in epochs.
-        weighting: ``exp`` of the advantage, or its ``indicator``.
+        weighting: ``exp`` of the advantage, its ``indicator``, or ``softmax`` over the batch.
         advantage: Compare with the ``mean`` or the ``max`` over the policy's actions.
         candidates: Number of these.
-        beta: Temperature of ``exp``.
-        bound: Its largest weight.
+        beta: Temperature of ``exp`` and ``softmax``.
+        bound: Largest weight of ``exp``.
         selection: Choice among the policy's draws at evaluation; one candidate stands for the mean.
         actor: The policy's network.
-        critic: The critics and their targets; ``tau`` is the policy's too.
+        critic: The critics and their targets; ``tau`` and ``target_every`` are the policy's too.
         lr: Learning rate of the policy.
         grad_clip: Largest norm of its gradient; null for no limit.
     """
@@ -65,7 +67,7 @@ class CRR(OfflineLearner):
     def __init__(
         self,
         policy_epochs: int = 2000,
-        weighting: Literal["exp", "indicator"] = "exp",
+        weighting: Literal["exp", "indicator", "softmax"] = "exp",
         advantage: Literal["mean", "max"] = "mean",
         candidates: int = 10,
         beta: float = 1.0,
@@ -78,19 +80,12 @@ class CRR(OfflineLearner):
     ) -> None:
         super().__init__()
         check_range("model.policy_epochs", policy_epochs, 1)
-        check_choice("model.weighting", weighting, ("exp", "indicator"))
-        check_choice("model.advantage", advantage, ("mean", "max"))
-        check_range("model.candidates", candidates, 1)
-        check_range("model.beta", beta, 0, low_open=True, high_open=True)
-        check_range("model.bound", bound, 0, low_open=True, high_open=True)
         check_range("model.lr", lr, 0, low_open=True, high_open=True)
         if grad_clip is not None:
             check_range("model.grad_clip", grad_clip, 0, low_open=True, high_open=True)
         self.save_hyperparameters(logger=False)
-        self.policy_epochs, self.weighting, self.advantage, self.candidates = (
-            policy_epochs, weighting, advantage, candidates,
-        )  # fmt: skip
-        self.beta, self.bound, self.lr, self.grad_clip = beta, bound, lr, grad_clip
+        self.keep_weighting(weighting, advantage, candidates, beta, bound)
+        self.policy_epochs, self.lr, self.grad_clip = policy_epochs, lr, grad_clip
         self.selection = as_options(GREEDY, selection)
         self.actor_options = as_options(CRR_ACTOR, actor)
         self.critic_options = as_options(CRR_CRITIC, critic)
@@ -100,7 +95,8 @@ class CRR(OfflineLearner):
         super().build(spec)
         o = self.actor_options
         self.actor = GaussianActor(spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout)
-        self.target_actor = EMA(self.actor, 1 - self.critic_options.tau, every=1, start=0)
+        c = self.critic_options
+        self.target_actor = EMA(self.actor, 1 - c.tau, every=c.target_every, start=0)
         self.build_critics(spec)
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -120,8 +116,7 @@ class CRR(OfflineLearner):
     def value(self, obs: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """What the policy's own actions are worth, ``(B,)``."""
         noise = self.draws.randn_like(mean[:, None].expand(-1, self.candidates, -1))
-        q = self.least_q(obs, _draw(mean[:, None], log_std[:, None], noise))
-        return q.mean(dim=1) if self.advantage == "mean" else q.amax(dim=1)
+        return self.baseline(self.least_q(obs, _draw(mean[:, None], log_std[:, None], noise)))
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         """One update: both losses, then policy, critics, targets."""
@@ -133,7 +128,7 @@ class CRR(OfflineLearner):
 
         mean, log_std = self.actor(batch.obs)
         advantage = q.detach().amin(dim=0) - self.value(batch.obs, mean, log_std)
-        weights = crr_weights(advantage, self.weighting, self.beta, self.bound)
+        weights = self.weigh(advantage)
         actor_loss = -(weights * gaussian_log_prob(batch.action, mean, log_std)).mean()
 
         actor_norm = self.descend(actor_optimizer, actor_loss, "actor", batch, self.grad_clip)

@@ -40,6 +40,7 @@ class DiffusionLearner(OfflineLearner):
     """
 
     fixed_arguments = ("schedule", "n_diffusion_steps")
+    offline_loss = "loss/diffusion"
     ema_offset = 0
 
     def _keep(

@@ -106,7 +106,7 @@ class DiffusionPolicy(nn.Module):
             steps = options.calls(schedule.num_steps)
             o = options
             calls = plan(schedule.kind, schedule.num_steps, steps, o.order, o.method, o.grid, variant=o.variant)
-            net = self.net.given(obs, [call.k for call in calls])
+            net = self.net.given(obs, [*(call.k for call in calls), *([0.0] if o.final_denoise else [])])
 
             def eps_model(x: Tensor, k: Tensor) -> Tensor:
                 eps = scale * net(x, k).to(x.dtype)
@@ -115,6 +115,9 @@ class DiffusionPolicy(nn.Module):
             x = sample_dpm_ode(
                 eps_model, x, schedule, steps=steps, order=o.order, method=o.method, grid=o.grid, variant=o.variant
             )
+            if o.final_denoise:
+                last = torch.ones(1, dtype=torch.int64, device=x.device)  # t_end = 1/K
+                x = schedule.x0_from_eps(x, last, eps_model(x, torch.zeros_like(last, dtype=x.dtype)))
             return x.clamp(-1, 1)
 
         net = self.net.given(obs, [k - 1 for k in schedule.time_grid(options.steps)])

@@ -42,6 +42,9 @@ class DiffusionQL(DiffusionLearner):
     3. The policy's average (decay 0.995, every fifth update, the first at update 1001; until then it is the initial
        policy) and the critics' targets.
 
+    Which checkpoint counts is chosen by the diffusion loss (``rollout.select offline`` with the ``rollout.select_rank``
+    of ``conf/paper/dql``) or by the simulator; ``rollout.early_stop`` is the code's third way.
+
     Departures from the code: selection at evaluation takes place per state, also with several environments; the
     learning rate is constant, which is what the code's own decay comes to (its schedule advances once in 50 epochs).
 
@@ -107,8 +110,8 @@ class DiffusionQL(DiffusionLearner):
         improvement = normalized_q_loss(q, self.mean_of_all(other.abs()))
         return {"total": diffusion + self.eta * improvement, "diffusion": diffusion, "q": improvement}
 
-    def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
-        """One update: critics, policy, averages."""
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> dict[str, Tensor]:
+        """One update: critics, policy, averages; returns the loss that checkpoints are chosen by offline."""
         critic_optimizer, policy_optimizer = self.optimizers()  # type: ignore[attr-defined, misc]
         self.anneal(policy_optimizer)
 
@@ -128,3 +131,4 @@ class DiffusionQL(DiffusionLearner):
             shown = {f"loss/{name}": loss for name, loss in losses.items() if name != "total"}
             self.report({**shown, "loss/critic": critic_loss, "q/mean": q.mean()}, prog_bar=True)
             self.report({"q/target": y.mean(), "grad_norm/critic": critic_norm, "grad_norm/policy": policy_norm})
+        return {"loss/diffusion": losses["diffusion"].detach()}

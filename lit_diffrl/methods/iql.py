@@ -19,14 +19,14 @@ from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.losses import expectile_loss, exponential_weights, td_loss, td_target
 from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.policy_options import ActorOptions, CriticOptions
-from lit_diffrl.nets.actors import GaussianActor, gaussian_log_prob
+from lit_diffrl.nets.actors import DeterministicActor, GaussianActor, gaussian_log_prob
 from lit_diffrl.nets.critics import ValueNet
 
 IQL_CRITIC = CriticOptions(layers=2, activation="relu")
 
 
 class IQL(OfflineLearner):
-    """A Gaussian policy that clones the actions whose value is above the state's.
+    """A policy that clones the actions whose value is above the state's.
 
     An update, in the order of the authors' code, each step with what the one before has changed:
 
@@ -36,7 +36,9 @@ class IQL(OfflineLearner):
     3. Critics: squared error to ``r + gamma (1 - d) V(s')`` (Eq. 6).
     4. Targets of the critics.
 
-    The policy is ``N(tanh(f(s)), sigma^2)`` with one sigma for all states; at evaluation it takes its mean.
+    The policy is ``N(tanh(f(s)), sigma^2)`` with one sigma for all states; at evaluation it takes its mean. With
+    ``policy: deterministic`` (CORL on hopper-medium and -medium-replay) it is ``tanh(f(s))``, and the sum of squared
+    errors over the action's entries stands for ``-log pi``.
 
     Departures from the authors' code: layers begin as torch's do, not with orthogonal weights; each process draws
     dropout's masks for itself.
@@ -44,13 +46,14 @@ class IQL(OfflineLearner):
     Logged: ``loss/value``, ``loss/actor`` (minus a log-density: falls, also below 0), ``loss/critic``, ``weight``
     (mean, 1 to 3 in the course of training), ``weight_bound`` (share at the bound; near 1 means that rewards or
     ``beta`` are too large and the policy clones everything), ``q/mean``, ``q/value``, ``q/target``, ``std`` (the
-    policy's), ``grad_norm/value``, ``grad_norm/actor``, ``grad_norm/critic``.
+    Gaussian policy's), ``grad_norm/value``, ``grad_norm/actor``, ``grad_norm/critic``.
 
     Args:
         policy_epochs: Length of training in epochs.
         expectile: tau: 0.7, or 0.9 on AntMaze.
         beta: Inverse temperature: 3, 10 on AntMaze, 0.5 on Adroit and the kitchen.
         bound: Largest weight.
+        policy: ``gaussian`` or ``deterministic``.
         actor: The policy's network.
         critic: The critics and their targets; the value's network is like one of them.
         lr: Learning rate of the policy.
@@ -63,6 +66,7 @@ class IQL(OfflineLearner):
         expectile: float = 0.7,
         beta: float = 3.0,
         bound: float = 100.0,
+        policy: Literal["gaussian", "deterministic"] = "gaussian",
         actor: ActorOptions = ActorOptions(),
         critic: CriticOptions = IQL_CRITIC,
         lr: float = 3e-4,
@@ -73,11 +77,12 @@ class IQL(OfflineLearner):
         check_range("model.expectile", expectile, 0, 1, low_open=True, high_open=True)
         check_range("model.beta", beta, 0, high_open=True)
         check_range("model.bound", bound, 0, low_open=True, high_open=True)
+        check_choice("model.policy", policy, ("gaussian", "deterministic"))
         check_range("model.lr", lr, 0, low_open=True, high_open=True)
         check_choice("model.lr_decay", lr_decay, ("cosine", "none"))
         self.save_hyperparameters(logger=False)
         self.policy_epochs, self.expectile, self.beta, self.bound = policy_epochs, expectile, beta, bound
-        self.lr, self.lr_decay = lr, lr_decay
+        self.policy, self.lr, self.lr_decay = policy, lr, lr_decay
         self.actor_options = as_options(ActorOptions(), actor)
         self.critic_options = as_options(IQL_CRITIC, critic)
         self.refuse_max_backup()
@@ -86,16 +91,17 @@ class IQL(OfflineLearner):
         """Policy, value, and critics with their targets."""
         super().build(spec)
         o, c = self.actor_options, self.critic_options
-        self.actor = GaussianActor(
-            spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout, shared_std=True
+        sizes = (spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout)
+        self.actor: DeterministicActor | GaussianActor = (
+            DeterministicActor(*sizes) if self.policy == "deterministic" else GaussianActor(*sizes, shared_std=True)
         )
-        self.value = ValueNet(spec.obs_dim, c.hidden, c.layers, c.activation, c.layer_norm)
+        self.value = ValueNet(spec.obs_dim, c.hidden, c.layers, c.activation, c.layer_norm, c.first_tanh)
         self.build_critics(spec)
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Adam for the value, the policy and the critics."""
-        value = Adam(self.value.parameters(), lr=self.critic_options.lr, fused=True)
-        return [value, Adam(self.actor.parameters(), lr=self.lr, fused=True), self.critic_optimizer()]
+        policy = Adam(self.actor.parameters(), lr=self.lr, fused=True)
+        return [self.critic_optimizer(self.value), policy, self.critic_optimizer()]
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         """One update: value, policy, critics, targets."""
@@ -111,8 +117,14 @@ class IQL(OfflineLearner):
         with torch.no_grad():
             now, ahead = self.value(torch.cat([batch.obs, batch.next_obs])).chunk(2)
         weights = exponential_weights(least - now, self.beta, self.bound)
-        mean, log_std = self.actor(batch.obs)
-        actor_loss = -(weights * gaussian_log_prob(batch.action, mean, log_std)).mean()
+        if self.policy == "deterministic":
+            error = (self.actor(batch.obs) - batch.action).square().sum(dim=-1)
+        else:
+            mean, log_std = self.actor(batch.obs)
+            error = -gaussian_log_prob(batch.action, mean, log_std)
+            if self.reporting:
+                self.report({"std": log_std.exp().mean()})
+        actor_loss = (weights * error).mean()
         actor_norm = self.descend(actor_optimizer, actor_loss, "actor", batch)
 
         y = td_target(batch.reward, batch.done, batch.discount, ahead)
@@ -128,15 +140,16 @@ class IQL(OfflineLearner):
             self.report({**losses, "q/mean": q.mean()}, prog_bar=True)
             norms = {"grad_norm/value": value_norm, "grad_norm/actor": actor_norm, "grad_norm/critic": critic_norm}
             shares = {"weight": weights.mean(), "weight_bound": (weights >= 0.999 * self.bound).float().mean()}
-            values = {"q/value": value.mean(), "q/target": y.mean(), "std": log_std.exp().mean()}
-            self.report({**norms, **shares, **values})
+            self.report({**norms, **shares, "q/value": value.mean(), "q/target": y.mean()})
 
     def draw_action(self, obs: Tensor) -> Tensor:
-        """A draw of the policy, within the box."""
+        """A draw of the policy, within the box, if it is Gaussian."""
+        if self.policy == "deterministic":
+            return self.decide(obs, [])
         mean, log_std = self.actor(obs)
         return (mean + log_std.exp() * self.draws.randn_like(mean)).clamp(-1, 1)
 
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
-        """The mean of the policy."""
-        mean: Tensor = self.actor(obs)[0]
-        return mean
+        """The policy's action, or its mean."""
+        action: Tensor = self.actor(obs) if self.policy == "deterministic" else self.actor(obs)[0]
+        return action

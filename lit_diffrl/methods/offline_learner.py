@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
-from torch.optim import Adam
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from lit_diffrl.data.normalizers import normalizer_from_state
 from lit_diffrl.data.spec import DatasetSpec
@@ -60,7 +60,10 @@ class OfflineLearner(Method):
         return self.spec is not None and int(self.updates) > 0
 
     def build_critics(self, spec: DatasetSpec, every: int = 1) -> None:
-        """Make the twin critics and their targets, which move at every ``every``-th update."""
+        """Make the twin critics and their targets.
+
+        These move at every ``every``-th update, or at every ``critic.target_every``-th of those.
+        """
         o = self.critic_options
         self.critic = TwinQ(
             spec.obs_dim,
@@ -69,9 +72,10 @@ class OfflineLearner(Method):
             layers=o.layers,
             activation=o.activation,
             layer_norm=o.layer_norm,
+            first_tanh=o.first_tanh,
             orthogonal=o.orthogonal,
         )
-        self.target_critic = EMA(self.critic, 1 - o.tau, every=every, start=0)
+        self.target_critic = EMA(self.critic, 1 - o.tau, every=every * o.target_every, start=0)
 
     def refuse_max_backup(self) -> None:
         """For learners whose target has no draws of a policy to take the best of."""
@@ -82,9 +86,13 @@ class OfflineLearner(Method):
                 "that the best could be taken of; use 1, or another learner"
             )
 
-    def critic_optimizer(self) -> Adam:
-        """Adam over both critics; it works entry by entry, so this is one optimizer for each."""
-        return Adam(self.critic.parameters(), lr=self.critic_options.lr, fused=True)
+    def critic_optimizer(self, net: nn.Module | None = None) -> Optimizer:
+        """AdamW over both critics, or over the ``net`` of state values that learns beside them.
+
+        It works entry by entry, so this is one optimizer for each critic.
+        """
+        o = self.critic_options
+        return AdamW((net or self.critic).parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
 
     def clip_critics(self, optimizer: LightningOptimizer) -> Tensor:
         """Measure the norm of the critics' gradient and shorten it to ``critic.grad_clip``, each critic's or both's.
@@ -146,6 +154,12 @@ class OfflineLearner(Method):
         """
         q = self.target_critic.net(next_obs, action)
         return max_backup(q, self.critic_options.backup_top_k) if q.dim() == 3 else q.amin(dim=0)
+
+    def softmax_of_all(self, x: Tensor) -> Tensor:
+        """Softmax of ``x (B,)`` over the rows of all processes, without gradient: all of them together sum to 1."""
+        x = x.detach()
+        rows = x if self._trainer is None else self.trainer.strategy.all_gather(x)
+        return (x - rows.flatten().logsumexp(dim=0)).exp()
 
     def select(self, obs: Tensor, actions: Tensor, rows: list[int], options: SelectionOptions) -> Tensor:
         """Choose among candidates by the least of the critics (EDP, section 4.5).

@@ -20,6 +20,7 @@ class ActionSamplerOptions:
         grid: Times of ``dpm``: evenly spaced in time, ``time_uniform`` (EDP), or in the log of the signal-to-noise
             ratio, ``logsnr``.
         variant: Polynomials of ``dpm`` in a step: ``plain`` (EDP) or the ``taylor`` expansion.
+        final_denoise: Have ``dpm`` return the clean action predicted at its last time, by one more call.
         variance: Of ``ddpm``'s noise: that of the ``posterior`` (the codes), or the forward step's ``beta`` (EDP's
             paper).
         clip: Keep the implied clean action within [-1, 1] at every call.
@@ -33,6 +34,7 @@ class ActionSamplerOptions:
     method: Literal["singlestep", "multistep"] = "singlestep"
     grid: Literal["time_uniform", "logsnr"] = "time_uniform"
     variant: Literal["plain", "taylor"] = "plain"
+    final_denoise: bool = False
     variance: Literal["posterior", "beta"] = "posterior"
     clip: bool = True
     noise_scale: float = 1.0
@@ -49,7 +51,9 @@ class ActionSamplerOptions:
         check_range("sampler.eps_scale", self.eps_scale, 0, low_open=True, high_open=True)
         if self.steps is not None:
             check_range("sampler.steps", self.steps, 1)
-        owners = {"order": "dpm", "method": "dpm", "grid": "dpm", "variant": "dpm", "variance": "ddpm"}
+        owners = {name: "dpm" for name in ("order", "method", "grid", "variant", "final_denoise")} | {
+            "variance": "ddpm"
+        }
         for name, owner in owners.items():
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if self.name != owner and value != default:
@@ -76,6 +80,7 @@ class SamplerChanges:
         method: Form of ``dpm``.
         grid: Times of ``dpm``.
         variant: Polynomials of ``dpm``.
+        final_denoise: One more call of ``dpm``.
         variance: Of ``ddpm``'s noise.
         clip: Keep the implied clean action within [-1, 1].
         noise_scale: Scale of the initial noise.
@@ -88,6 +93,7 @@ class SamplerChanges:
     method: Literal["singlestep", "multistep"] | None = None
     grid: Literal["time_uniform", "logsnr"] | None = None
     variant: Literal["plain", "taylor"] | None = None
+    final_denoise: bool | None = None
     variance: Literal["posterior", "beta"] | None = None
     clip: bool | None = None
     noise_scale: float | None = None
@@ -164,11 +170,14 @@ class CriticOptions:
         layers: Hidden layers.
         activation: ``mish``, ``relu`` or ``silu``.
         layer_norm: Normalise hidden layers: a stability aid the originals lack.
+        first_tanh: Tanh after the first hidden layer; with ``layer_norm`` these are CleanDiffuser's critics.
         orthogonal: Orthogonal initial weights (CQL) instead of torch's.
-        lr: Learning rate of Adam.
+        lr: Learning rate of AdamW.
+        weight_decay: Its decay of the weights (0 in EDP's code and all others: Adam).
         grad_clip: Largest norm of the gradient; null for no limit.
         clip_each: Clip each critic by itself (EDP) rather than both together (Diffusion-QL).
         tau: Weight of the critics in each step of their targets.
+        target_every: Updates of the critics between two steps of their targets (CleanDiffuser 5; CRR 100, ``tau`` 1).
         backup_candidates: Actions at the next state over which each critic takes its best (max-Q backup); 1 for none.
         backup_top_k: Take the so-manyth best of them.
     """
@@ -177,11 +186,14 @@ class CriticOptions:
     layers: int = 3
     activation: Literal["mish", "relu", "silu"] = "mish"
     layer_norm: bool = False
+    first_tanh: bool = False
     orthogonal: bool = False
     lr: float = 3e-4
+    weight_decay: float = 0.0
     grad_clip: float | None = None
     clip_each: bool = False
     tau: float = 0.005
+    target_every: int = 1
     backup_candidates: int = 1
     backup_top_k: int = 1
 
@@ -190,7 +202,9 @@ class CriticOptions:
         check_range("critic.layers", self.layers, 1)
         check_choice("critic.activation", self.activation, ("mish", "relu", "silu"))
         check_range("critic.lr", self.lr, 0, low_open=True, high_open=True)
+        check_range("critic.weight_decay", self.weight_decay, 0, high_open=True)
         check_range("critic.tau", self.tau, 0, 1, low_open=True)
+        check_range("critic.target_every", self.target_every, 1)
         check_range("critic.backup_candidates", self.backup_candidates, 1)
         check_range("critic.backup_top_k", self.backup_top_k, 1, self.backup_candidates)
         if self.grad_clip is not None:

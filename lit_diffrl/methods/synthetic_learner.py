@@ -112,18 +112,19 @@ class Synthesis(OfflineLearner):
         own = found[: -len(self.model_phases)]
         return own[0] if len(own) == 1 else own
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One update of the current phase's networks."""
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """One update of the current phase's networks; returns what the learner's does."""
         phase = self.phase.name
         if phase != "policy":
             models: list[Any] = super().optimizers()[-len(self.model_phases) :]  # type: ignore[index]
             index = [p.name for p in self.model_phases].index(phase)
             self.model_step(phase, models[index], batch)
-            return
+            return None
         mixed, real = self.mix(batch)
-        super().training_step(mixed, batch_idx)  # type: ignore[misc]
+        outputs = super().training_step(mixed, batch_idx)  # type: ignore[misc]
         if self.reporting and real is not None:
             self._compare(mixed, real)
+        return outputs
 
     def diagnose(self, batch: Any) -> dict[str, float]:
         """The learner's diagnosis, of its own batches."""

@@ -52,7 +52,7 @@ class TD3BC(OfflineLearner):
         policy_noise: Standard deviation sigma of the noise on a deterministic policy's target actions.
         noise_clip: Its largest size c.
         actor: The policy's network.
-        critic: The critics and their targets; ``tau`` is the actor's too.
+        critic: The critics and their targets (``target_every`` is of the policy's updates); ``tau`` is the actor's too.
         lr: Learning rate of the policy.
     """
 

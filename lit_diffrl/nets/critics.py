@@ -34,6 +34,7 @@ class TwinQ(nn.Module):
         activation: str = "mish",
         members: int = 2,
         layer_norm: bool = False,
+        first_tanh: bool = False,
         orthogonal: bool = False,
     ) -> None:
         """Create the critics, each with the initial weights of ``nn.Linear``.
@@ -46,6 +47,7 @@ class TwinQ(nn.Module):
             activation: ``mish``, ``relu`` or ``silu``.
             members: Number of critics.
             layer_norm: Normalise each hidden layer before its activation.
+            first_tanh: Tanh after the first hidden layer in place of the activation.
             orthogonal: Orthogonal weights of gain sqrt(2), 0.01 in the last layer, and no bias (CQL's).
 
         Raises:
@@ -61,6 +63,7 @@ class TwinQ(nn.Module):
         self.norms = nn.ModuleList(EnsembleNorm(members, hidden) for _ in range(layers if layer_norm else 0))
         self.head = EnsembleLinear(members, hidden, 1)
         self.activation = ACTIVATIONS[activation]()
+        self.first_activation = nn.Tanh() if first_tanh else self.activation
         if orthogonal:
             for layer in self.layers:
                 _orthogonal(layer, math.sqrt(2))
@@ -78,7 +81,7 @@ class TwinQ(nn.Module):
         Returns:
             ``(M, B)`` or ``(M, B, N)``, M the number of critics asked; float32 or better.
         """
-        if action.dim() == 3 and members is None and isinstance(self.activation, nn.ReLU) and not self.norms:
+        if action.dim() == 3 and members is None and self._plain_relu:
             rows = torch.cat([obs.unsqueeze(1).expand(-1, action.shape[1], -1), action], dim=-1).flatten(0, 1)
             if worth_blocks(rows, self.head.weight):
                 values = relu_perceptrons(rows, [layer.parameters_of() for layer in (*self.layers, self.head)])
@@ -87,9 +90,13 @@ class TwinQ(nn.Module):
         for i, layer in enumerate(self.layers):
             h = h if i == 0 else layer(h, members)
             h = self.norms[i](h, members) if self.norms else h
-            h = self.activation(h)
+            h = self.activation(h) if i else self.first_activation(h)
         q = _promoted(self.head(h, members))
         return q.reshape(len(q), *action.shape[:-1])
+
+    @property
+    def _plain_relu(self) -> bool:
+        return isinstance(self.activation, nn.ReLU) and self.first_activation is self.activation and not self.norms
 
     def _first(self, obs: Tensor, action: Tensor, members: Members | None) -> Tensor:
         """The first layer ``(M, B N, H)`` on states ``(B, S)`` and actions ``(B, N, A)``."""
@@ -108,12 +115,20 @@ class ValueNet(nn.Module):
     """State value ``V(s)``."""
 
     def __init__(
-        self, obs_dim: int, hidden: int = 256, layers: int = 3, activation: str = "mish", layer_norm: bool = False
+        self,
+        obs_dim: int,
+        hidden: int = 256,
+        layers: int = 3,
+        activation: str = "mish",
+        layer_norm: bool = False,
+        first_tanh: bool = False,
     ) -> None:
         """Create the layers; arguments as :class:`TwinQ`."""
         super().__init__()
         check_range("hidden layers", layers, 1)
         self.net = MLP((obs_dim, *[hidden] * layers, 1), activation, layer_norm=layer_norm)
+        if first_tanh:
+            self.net[2 if layer_norm else 1] = nn.Tanh()
 
     def forward(self, obs: Tensor) -> Tensor:
         """Values ``(B,)`` of states ``(B, S)``, float32 or better."""

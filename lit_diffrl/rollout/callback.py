@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,10 +20,10 @@ from lit_diffrl.rollout.environments import rehearse
 from lit_diffrl.rollout.episodes import EpisodeResult, run_episodes, summarize
 from lit_diffrl.rollout.results import duration, table, unused_name, write_bytes, write_json
 from lit_diffrl.rollout.scores import RunningScores
+from lit_diffrl.rollout.selection import OfflineSelection
 from lit_diffrl.rollout.sweep import Variant, compare, comparison, sweep_figure
 
 log = logging.getLogger(__name__)
-PANELS = 6  # episodes in a picture
 REHEARSAL = {"episodes": 2, "max_steps": 5}  # under --trainer.fast_dev_run
 
 
@@ -41,7 +41,8 @@ class RolloutEvaluation(Callback):
     if the dataset names both), ``eval/length`` (steps), ``eval/action_ms`` (time to choose an action, per environment
     step), ``eval/score_rat`` (mean of the last ``rat_window`` evaluations) and ``eval/score_oms`` (best evaluation so
     far); the last two are ``eval/return_rat`` and ``eval/return_oms`` when there are no scores. A healthy score
-    rises and then holds; RAT far below OMS means that single evaluations are luck.
+    rises and then holds; RAT far below OMS means that single evaluations are luck. With offline selection or early stop
+    also ``eval/loss``, the mean ``loss/diffusion`` over all updates since the evaluation before.
 
     Args:
         episodes: Episodes of an evaluation during ``fit`` and ``validate``.
@@ -52,6 +53,10 @@ class RolloutEvaluation(Callback):
         pictures: Draw plans and walked paths of mazes, into TensorBoard and ``pictures/``.
         video: Animate the first episode, into TensorBoard and ``pictures/``; needs OpenGL and some seconds.
         rat_window: Evaluations that ``eval/score_rat`` averages.
+        select: Which evaluation ``best.ckpt`` is of: the one of highest return (``online``), or, without asking the
+            simulator, the one that ``eval/loss`` chooses (``offline``, Diffusion-QL's own; diffusion policies alone).
+        select_rank: Rank by that loss of the evaluation that ``offline`` takes, 0 the least: Diffusion-QL's ``top_k``.
+        early_stop: End the run at the first evaluation whose ``eval/loss`` is above that of the one before.
         test_episodes: Episodes of ``test``.
         test_seed: Seed of the first episode of ``test``.
     """
@@ -66,6 +71,9 @@ class RolloutEvaluation(Callback):
         pictures: bool = True,
         video: bool = False,
         rat_window: int = 10,
+        select: Literal["online", "offline"] = "online",
+        select_rank: int = 0,
+        early_stop: bool = False,
         test_episodes: int = 50,
         test_seed: int = 10_000,
     ) -> None:
@@ -88,12 +96,12 @@ class RolloutEvaluation(Callback):
                 f"{seed + episodes - 1}); choose one of at least {seed + episodes}"
             )
         self.episodes, self.num_envs, self.every_n_epochs, self.seed = episodes, num_envs, every_n_epochs, seed
-        self.max_steps, self.pictures, self.video = max_steps, pictures, video
+        self.max_steps = max_steps
         self.test_episodes, self.test_seed = test_episodes, test_seed
         self.scores = RunningScores(rat_window)
         self.returns = RunningScores(rat_window)
-        self._maze: draw.Maze | None = None
-        self._maze_read = False
+        self.offline = OfflineSelection(select, select_rank, early_stop)
+        self.gallery = draw.Gallery(pictures, video)
         self._earlier_seconds = 0.0
         self._started: float | None = None
 
@@ -102,6 +110,7 @@ class RolloutEvaluation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an environment that this installation cannot build before any time is spent on training."""
         self._started = time.monotonic()
+        self.offline.refuse_without_loss(pl_module)
         if self._has_env(pl_module):
             rehearse(_spec(pl_module), self.max_steps)
 
@@ -110,7 +119,8 @@ class RolloutEvaluation(Callback):
         if not trainer.is_global_zero:
             return
         if not self._has_env(pl_module):
-            log.warning("the dataset names no environment: training goes on without evaluation, best.ckpt and scores")
+            missing = "evaluation and scores" if self.offline.chooses else "evaluation, best.ckpt and scores"
+            log.warning("the dataset names no environment: training goes on without %s", missing)
         elif not trainer.enable_validation:
             log.warning("no validation batches (--trainer.limit_val_batches 0?): the agent will not be evaluated")
 
@@ -119,12 +129,20 @@ class RolloutEvaluation(Callback):
         if trainer.state.fn == TrainerFn.VALIDATING and not self._has_env(pl_module) and trainer.is_global_zero:
             log.warning("the dataset names no environment: there is no score to validate")
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count in the loss of the update."""
+        self.offline.count(pl_module, outputs)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate: an epoch of ``fit`` that is due, or ``validate``."""
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if trainer.sanity_checking or not self._has_env(pl_module):
+        if trainer.sanity_checking or (fitting and not (pl_module.can_act and self._due(trainer))):
             return
-        if fitting and not (pl_module.can_act and self._due(trainer)):
+        if fitting:
+            self._log(pl_module, self.offline.close(trainer))
+        if not self._has_env(pl_module):
             return
         results = self._evaluate(trainer, pl_module, self.episodes, self.seed)
         metrics = self._metrics(results)
@@ -180,7 +198,7 @@ class RolloutEvaluation(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the run with its figures."""
-        if trainer.is_global_zero and self.returns.history and not _rehearsing(trainer):
+        if trainer.is_global_zero and self._evaluated and not _rehearsing(trainer):
             print(table(self._closing_rows(trainer, pl_module)), flush=True)
 
     # ---------------------------------------------------------------- state
@@ -193,11 +211,18 @@ class RolloutEvaluation(Callback):
             "seconds": self._earlier_seconds + self._elapsed(),
         }
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the losses, which all processes have a part in."""
+        if self.offline.measures:
+            checkpoint["callbacks"][self.state_key]["offline"] = self.offline.state_dict(trainer)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Carry on from a checkpoint."""
         self.scores.load_state_dict(state_dict["scores"])
         self.returns.load_state_dict(state_dict["returns"])
         self._earlier_seconds = float(state_dict["seconds"])
+        if "offline" in state_dict:
+            self.offline.load_state_dict(state_dict["offline"])
 
     def _elapsed(self) -> float:
         return 0.0 if self._started is None else time.monotonic() - self._started
@@ -208,10 +233,14 @@ class RolloutEvaluation(Callback):
     def _has_env(pl_module: LightningModule) -> bool:
         return _spec(pl_module).env_spec is not None
 
+    @property
+    def _evaluated(self) -> bool:
+        return bool(self.returns.history or self.offline.means.history)
+
     def _due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch
         last = trainer.max_epochs is not None and epoch + 1 == trainer.max_epochs
-        return not self.returns.history or (epoch + 1) % self.every_n_epochs == 0 or last
+        return not self._evaluated or (epoch + 1) % self.every_n_epochs == 0 or last
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, episodes: int, seed: int) -> list[EpisodeResult]:
         if not pl_module.can_act:
@@ -229,8 +258,8 @@ class RolloutEvaluation(Callback):
             num_envs=self.num_envs,
             seed=seed,
             max_steps=max_steps,
-            record=PANELS if self.pictures else 0,
-            render=self.video and not _rehearsing(trainer),
+            record=draw.PANELS if self.gallery.plans else 0,
+            render=self.gallery.video and not _rehearsing(trainer),
         )
         if trainer.world_size == 1:
             return own
@@ -266,23 +295,10 @@ class RolloutEvaluation(Callback):
         if nowhere or not trainer.is_global_zero or _rehearsing(trainer):
             return
         boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        title = f"{type(pl_module).__name__} · {'+'.join(_spec(pl_module).dataset_ids)} · {name}"
         # The axis of self.log: batches, where trainer.global_step would count every optimizer's steps.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if self.pictures:
-            if not self._maze_read:
-                self._maze, self._maze_read = draw.Maze.from_spec(_spec(pl_module)), True
-            if self._maze is not None:
-                dataset = "+".join(_spec(pl_module).dataset_ids)
-                title = f"{type(pl_module).__name__} · {dataset} · {name}"
-                pixels = draw.figure_pixels(draw.maze_figure(self._maze, results[:PANELS], title))
-                write_bytes(folder / f"{name}.png", draw.encode_png(pixels))
-                for board in boards:
-                    board.add_image("eval/plans", pixels, step, dataformats="HWC")
-        if self.video and results[0].frames:
-            data, size = draw.encode_gif(results[0].frames)
-            write_bytes(folder / f"{name}.gif", data)
-            for board in boards:
-                draw.add_gif(board, "eval/video", data, size, step)
+        self.gallery.hang(_spec(pl_module), results, title, folder / name, boards, step)
 
     def _closing_rows(self, trainer: Trainer, pl_module: LightningModule) -> list[tuple[str, str]]:
         running, unit = (self.scores, "score") if self.scores.history else (self.returns, "return")
@@ -290,9 +306,8 @@ class RolloutEvaluation(Callback):
             ("method", type(pl_module).__name__),
             ("dataset", "+".join(_spec(pl_module).dataset_ids)),
             ("epochs", str(trainer.current_epoch)),
-            (f"{unit}, last", f"{running.last:.2f} (epoch {running.history[-1][0]})"),
-            (f"{unit}, best (OMS)", f"{running.oms:.2f} (epoch {running.best_epoch})"),
-            (f"{unit}, last {min(running.window, len(running.history))} (RAT)", f"{running.rat:.2f}"),
+            *running.rows(unit),
+            *self.offline.rows(unit, running),
         ]
         if unit == "score":
             rows.append(("return, last", f"{self.returns.last:.2f}"))

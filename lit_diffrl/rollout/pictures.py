@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lit_diffrl.rollout.environments import make_env
 from lit_diffrl.rollout.episodes import EpisodeResult
+from lit_diffrl.rollout.results import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +24,7 @@ WALL, FLOOR, INK = "#3b4252", "#f5f6f8", "#1b1f27"
 COLORS = "viridis"
 GIF_FPS = 20
 GIF_SIZE = 240  # pixels along the longer side, about
+PANELS = 6  # episodes in a picture
 
 
 @dataclass(frozen=True)
@@ -215,3 +218,50 @@ def add_gif(board: Any, tag: str, data: bytes, size: tuple[int, int], step: int)
     height, width = size
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
     board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+class Gallery:
+    """The pictures of a run's evaluations, on disk and in TensorBoard.
+
+    Args:
+        plans: Draw plans and walked paths of mazes.
+        video: Animate the first episode.
+    """
+
+    def __init__(self, plans: bool, video: bool) -> None:
+        self.plans, self.video = plans, video
+        self._maze: Maze | None = None
+        self._maze_read = False
+
+    def hang(
+        self,
+        spec: DatasetSpec,
+        results: Sequence[EpisodeResult],
+        title: str,
+        path: Path,
+        boards: Sequence[Any],
+        step: int,
+    ) -> None:
+        """Draw an evaluation.
+
+        Args:
+            spec: Of the dataset, whose environment may be a maze.
+            results: The evaluation's episodes.
+            title: Above the maze.
+            path: Of the files, without their suffixes.
+            boards: TensorBoard's writers.
+            step: Where on their axis.
+        """
+        if self.plans:
+            if not self._maze_read:
+                self._maze, self._maze_read = Maze.from_spec(spec), True
+            if self._maze is not None:
+                pixels = figure_pixels(maze_figure(self._maze, results[:PANELS], title))
+                write_bytes(path.with_name(f"{path.name}.png"), encode_png(pixels))
+                for board in boards:
+                    board.add_image("eval/plans", pixels, step, dataformats="HWC")
+        if self.video and results[0].frames:
+            data, size = encode_gif(results[0].frames)
+            write_bytes(path.with_name(f"{path.name}.gif"), data)
+            for board in boards:
+                add_gif(board, "eval/video", data, size, step)

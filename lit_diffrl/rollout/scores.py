@@ -52,6 +52,16 @@ class RunningScores:
         """Epoch of the best evaluation, the earliest of equals."""
         return next(epoch for epoch, value in self.history if value == self.oms)
 
+    def rows(self, unit: str) -> list[tuple[str, str]]:
+        """The evaluations in figures, for the end of a run; none without evaluations."""
+        if not self.history:
+            return []
+        return [
+            (f"{unit}, last", f"{self.last:.2f} (epoch {self.history[-1][0]})"),
+            (f"{unit}, best (OMS)", f"{self.oms:.2f} (epoch {self.best_epoch})"),
+            (f"{unit}, last {min(self.window, len(self.history))} (RAT)", f"{self.rat:.2f}"),
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """The history in plain types."""
         return {"epochs": [e for e, _ in self.history], "values": [v for _, v in self.history]}

@@ -50,9 +50,27 @@ def test_the_value_is_that_of_the_policys_own_actions_in_the_box(over: str) -> N
         assert value.tolist() == pytest.approx([unclipped] * 4, abs=0.15)
 
 
-def test_an_update_takes_all_gradients_at_the_old_networks() -> None:
+def test_the_softmax_of_the_advantages_is_that_of_the_whole_batch_also_of_several_processes() -> None:
+    """Unbounded, and without gradient; what two processes weigh is what one of both their rows would."""
+    method = built(CRR, weighting="softmax", beta=0.5, bound=1e-3)
+    advantage = torch.tensor([-1.0, 0.0, 2.0, 300.0, 300.5, 301.0], requires_grad=True)
+    expected = (advantage.detach() / 0.5).softmax(dim=0)
+    found = method.weigh(advantage)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad and float(found.sum()) == pytest.approx(1.0, rel=1e-4)
+
+    rows = (advantage.detach() / 0.5).view(2, 3)
+    strategy = type("Two", (), {"all_gather": staticmethod(lambda own: rows)})
+    method._trainer = type("T", (), {"strategy": strategy})
+    both = [method.weigh(part) for part in advantage.view(2, 3)]
+    torch.testing.assert_close(torch.cat(both), expected)
+
+
+@pytest.mark.parametrize(("weighting", "over"), [("exp", "mean"), ("indicator", "mean"), ("softmax", "max")])
+def test_an_update_takes_all_gradients_at_the_old_networks(weighting: str, over: str) -> None:
     """Policy first, then critics; both losses are those of the networks before either step."""
-    method, old = built(CRR, lr=0.1, critic={"lr": 0.1}), built(CRR, lr=0.1, critic={"lr": 0.1})
+    options = {"lr": 0.1, "critic": {"lr": 0.1}, "weighting": weighting, "advantage": over}
+    method, old = built(CRR, **options), built(CRR, **options)
     for learner in (method, old):
         learner.draws.begin(learner.draws.place, torch.device("cpu"))
     data, order = batch(), []
@@ -61,8 +79,9 @@ def test_an_update_takes_all_gradients_at_the_old_networks() -> None:
     mean, log_std = old.actor(data.obs)
     advantage = old.least_q(data.obs, data.action) - old.value(data.obs, mean, log_std)
     log_prob = Normal(mean, log_std.exp()).log_prob(data.action).sum(-1)
+    f = {"exp": advantage.exp().clamp(max=20), "indicator": (advantage > 0).float(), "softmax": advantage.softmax(0)}
     expected = {
-        "actor": -(advantage.exp().clamp(max=20) * log_prob).mean(),
+        "actor": -(f[weighting] * log_prob).mean(),
         "critic": (old.critic(data.obs, data.action) - y).square().mean(dim=1).sum(),
     }
 

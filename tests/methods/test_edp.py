@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import ROOT, Config, curves
+from short_runs import ROOT, UPDATES, Config, curves
 from small_learners import ACTION, OBS, at_each_step, batch, same, transitions, weights
 from torch import Tensor, nn
 
@@ -170,11 +170,81 @@ def test_the_value_of_edp_crr_is_that_of_actions_around_eq_9_in_no_box() -> None
     torch.testing.assert_close(found, (advantage / 2).exp().clamp(max=20), rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("std", [0.0, 0.1])
+def test_the_value_of_edp_crr_is_the_best_of_its_candidates_or_their_mean(std: float) -> None:
+    """Of actions as wide as told around Eq. 9's."""
+    data, a_hat, found = batch(), 1.8 * torch.rand(16, ACTION) - 0.9, dict[str, Tensor]()
+    for over in ("mean", "max"):
+        method = built(EDPCRR, candidates=50, candidate_std=std, advantage=over, weighting="softmax", beta=3.0)
+        method.critic = Square()
+        found[over] = method.weights(data, a_hat)
+        asked = method.critic.asked
+        torch.testing.assert_close((asked - a_hat[:, None]).std(1), torch.full((16, ACTION), std), atol=0.05, rtol=0)
+        value = -1 - asked.square().sum(-1)
+        value = value.mean(1) if over == "mean" else value.max(1).values
+        torch.testing.assert_close(found[over], ((-1 - data.action.square().sum(-1) - value) / 3).softmax(0))
+    if std == 0:
+        torch.testing.assert_close(found["mean"], found["max"])
+
+
+def test_scaled_to_a_mean_of_1_a_softmax_is_the_exponential_without_its_bound() -> None:
+    """EDP's ``adv_norm`` differs from the exponential only in the size of the weights, where no bound is met."""
+    advantage = torch.linspace(-3, 2, 16)
+    for learner in (built(EDPCRR, weighting=kind, normalize_weights=True) for kind in ("exp", "softmax")):
+        torch.testing.assert_close(learner.settle(learner.weigh(advantage)), 16 * advantage.softmax(0))
+    over = torch.tensor([0.0, 10.0])
+    torch.testing.assert_close(built(EDPCRR, weighting="softmax").weigh(over), over.softmax(0))
+    assert built(EDPCRR).weigh(over).tolist() == pytest.approx([1.0, 20.0])
+
+
+def test_the_width_of_candidates_that_the_policy_draws_is_its_own() -> None:
+    with pytest.raises(ConfigError, match="candidate_std 0.5 is for candidates around .* leave one of them out"):
+        EDPCRR(candidate_std=0.5, action_approximation=False)
+
+
 def test_without_eq_9_the_value_of_edp_crr_is_that_of_the_policys_own_actions() -> None:
     method = built(EDPCRR, candidates=3, action_approximation=False)
     method.critic = Square()
     method.weights(batch(), torch.full((16, ACTION), 100.0))
     assert method.critic.asked.shape == (16, 3, ACTION) and float(method.critic.asked.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("kind", [EDPTD3, EDPCRR, EDPIQL])
+def test_cloning_and_improvement_each_count_by_their_weight(kind: type[Any]) -> None:
+    """The gradient of the sum is that of its parts; without cloning's weight only the improvement is left."""
+    gradients = {}
+    for cloning, guide in ((0.7, 0.3), (1.0, 0.0), (0.0, 1.0)):
+        method, found = built(kind, diffusion_weight=cloning, guide_weight=guide), list[Tensor]()
+
+        def look(name: str, loss: Tensor, method: Any = method, found: list[Tensor] = found) -> None:
+            if name == "policy":
+                found += torch.autograd.grad(loss, list(method.policy.parameters()), retain_graph=True)
+
+        at_each_step(method, look)
+        method.training_step(batch(), 0)
+        gradients[cloning] = found
+    for both, clone, improve in zip(gradients[0.7], gradients[1.0], gradients[0.0], strict=True):
+        torch.testing.assert_close(both, 0.7 * clone + 0.3 * improve, rtol=1e-4, atol=1e-6)
+        assert float(improve.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("kind", [EDPCRR, EDPIQL])
+def test_the_mean_square_of_draws_has_in_the_mean_the_gradient_of_eq_13_times_2_over_a(kind: type[Any]) -> None:
+    rows = 200_000
+    width = 5
+    action, a_hat = torch.zeros(rows, width), torch.full((rows, width), 0.4, requires_grad=True)
+    data, f = batch(16), 1.7 * torch.ones(rows)
+    gradients = {}
+    for objective in ("mle", "mse"):
+        method = built(kind, objective=objective)
+        method.improved_action = lambda noised, obs: a_hat
+        loss = method.guide_loss(f, None, data._replace(action=action))
+        (gradient,) = torch.autograd.grad(loss, a_hat)
+        gradients[objective] = gradient.sum(0)
+        if objective == "mse":
+            assert float(loss) == pytest.approx(1.7 * (0.4**2 + 1), rel=0.01)
+    torch.testing.assert_close(gradients["mle"], torch.full((width,), 1.7 * 0.4), rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradients["mse"], 2 / width * gradients["mle"], rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("objective", ["mle", "elbo"])
@@ -216,10 +286,11 @@ def test_eq_12_is_refused_with_a_cosine_schedule_whose_last_step_has_nearly_all_
         kind(objective="mle", schedule="cosine")
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_the_value_is_a_network_like_the_critics(layer_norm: bool) -> None:
-    method = built(EDPIQL, critic={"layer_norm": layer_norm})
-    assert any(isinstance(layer, nn.LayerNorm) for layer in method.value.modules()) == layer_norm
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Tanh])
+@pytest.mark.parametrize("on", [False, True])
+def test_the_value_is_a_network_like_the_critics(kind: type[nn.Module], on: bool) -> None:
+    method = built(EDPIQL, critic={"layer_norm" if kind is nn.LayerNorm else "first_tanh": on})
+    assert any(isinstance(layer, kind) for layer in method.value.modules()) == on
 
 
 def test_the_papers_weight_of_eq_12_is_infinite_at_the_first_step() -> None:
@@ -295,6 +366,36 @@ def test_the_rate_of_the_policy_is_half_in_the_middle_of_a_cosine(monkeypatch: p
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-6)
 
 
+# ---------------------------------------------------------------- offline selection
+
+
+@pytest.mark.parametrize("kind", [EDPTD3, EDPCRR, EDPIQL, DiffusionQL])
+def test_an_update_returns_the_loss_that_selection_goes_by(kind: type[Any]) -> None:
+    method = built(kind)
+    made = watch_noised(method)
+    outputs = method.training_step(batch(), 0)
+    torch.testing.assert_close(outputs[method.offline_loss], made[0].error.mean().detach())
+
+
+@pytest.mark.parametrize("path", ["dql.yaml", "dydiff_dql.yaml"])
+def test_a_run_keeps_the_evaluation_of_least_loss(
+    path: str, mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of an evaluation is the mean of what the curve, which here has every update, shows since the last."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    monkeypatch.chdir(tmp_path)
+    options = ("--rollout.every_n_epochs=1", "--model.policy_epochs=4", "--rollout.select=offline")
+    Config(ROOT / "conf" / path).fit("run", *options, "--rollout.select_rank=1")
+    found = curves("run", ("loss/diffusion", "eval/loss"))
+    losses = [value for _, value in found["loss/diffusion"]][-4 * UPDATES :]
+    means = [sum(losses[i : i + UPDATES]) / UPDATES for i in range(0, len(losses), UPDATES)]
+    assert [value for _, value in found["eval/loss"]] == pytest.approx(means, rel=1e-5)
+    (best,) = Path("tb_logs").glob("*/*/run/checkpoints/best.ckpt")
+    first = torch.load(best.with_name("last.ckpt"), weights_only=True)["epoch"] - 3
+    assert torch.load(best, weights_only=True)["epoch"] - first == means.index(sorted(means)[1])
+    assert "offline (rank 1)" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- options of the sampler
 
 
@@ -302,6 +403,7 @@ def test_the_rate_of_the_policy_is_half_in_the_middle_of_a_cosine(monkeypatch: p
     ("options", "words"),
     [
         ({"name": "ddim", "method": "multistep"}, "sampler.method 'multistep' is for sampler.name 'dpm'"),
+        ({"name": "ddpm", "final_denoise": True}, "sampler.final_denoise True is for sampler.name 'dpm'"),
         ({"name": "ddpm", "order": 2}, "sampler.order 2 is for .*leave sampler.order at 3"),
         ({"name": "ddpm", "grid": "logsnr"}, "sampler.grid 'logsnr' is for"),
         ({"name": "dpm", "grid": "logSNR"}, "sampler.grid must be one of time_uniform, logsnr"),

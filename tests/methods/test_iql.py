@@ -18,9 +18,10 @@ def least(method: Any, critic: Any) -> Tensor:
     return found
 
 
-def test_each_step_sees_what_the_one_before_has_changed() -> None:
+@pytest.mark.parametrize("policy", ["gaussian", "deterministic"])
+def test_each_step_sees_what_the_one_before_has_changed(policy: str) -> None:
     """Value, policy, critics, targets, at rates that show: each loss is the formula's at that moment's networks."""
-    method = built(IQL, beta=3.0, lr=0.1, critic={"lr": 0.1})
+    method = built(IQL, beta=3.0, lr=0.1, critic={"lr": 0.1}, policy=policy)
     data, order = batch(), []
     targets = weights(method.target_critic.net)
 
@@ -32,8 +33,11 @@ def test_each_step_sees_what_the_one_before_has_changed() -> None:
         if name == "value":
             expected = (torch.where(advantage > 0, 0.7, 0.3) * advantage**2).mean()
         elif name == "actor":
-            mean, log_std = method.actor(data.obs)
-            log_prob = Normal(mean, log_std.exp()).log_prob(data.action).sum(-1)
+            if policy == "gaussian":
+                mean, log_std = method.actor(data.obs)
+                log_prob = Normal(mean, log_std.exp()).log_prob(data.action).sum(-1)
+            else:
+                log_prob = -(method.actor(data.obs) - data.action).square().sum(-1)
             expected = -((3 * advantage).exp().clamp(max=100) * log_prob).mean()
         else:
             y = data.reward + 0.99 * v_next
@@ -97,3 +101,11 @@ def test_the_mean_acts() -> None:
         method.actor.log_std.fill_(1.0)
     obs = batch().obs
     torch.testing.assert_close(method.decide(obs, list(range(16))), method.actor.net(obs).tanh())
+
+
+def test_a_deterministic_policy_acts_and_draws_what_it_says() -> None:
+    method, obs = built(IQL, policy="deterministic").eval(), batch().obs
+    expected = method.actor.net(obs).tanh()
+    for found in (method.decide(obs, list(range(16))), method.draw_action(obs)):
+        torch.testing.assert_close(found, expected)
+    assert "actor.log_std" not in method.state_dict()

@@ -51,6 +51,46 @@ def test_targets_begin_as_copies_and_follow_by_tau(kind: type[Any]) -> None:
             torch.testing.assert_close(new, old + 0.25 * (now - old))
 
 
+def test_targets_may_stand_still_between_copies() -> None:
+    """With a weight of 1 every third update copies critics and policy, as CRR's paper does every hundredth."""
+    method = built(CRR, critic={"tau": 1.0, "target_every": 3})
+    pairs = averages(method)
+    assert set(pairs) == {"actor", "critic"}
+    for update in range(1, 8):
+        before = {name: weights(average.net) for name, (_, average) in pairs.items()}
+        method.training_step(batch(), 0)
+        for name, (net, average) in pairs.items():
+            assert same(weights(average.net), weights(net) if update % 3 == 0 else before[name])
+
+
+@pytest.mark.parametrize(("kind", "updates"), [(IQL, 2), (TD3BC, 4)])
+def test_targets_move_at_every_so_manyth_update_that_may_move_them(kind: type[Any], updates: int) -> None:
+    method = built(kind, critic={"target_every": 2})
+    first = weights(method.target_critic.net)
+    for update in range(1, updates + 1):
+        method.training_step(batch(), 0)
+        assert same(first, weights(method.target_critic.net)) == (update < updates)
+
+
+@pytest.mark.parametrize("kind", WITH_CRITICS)
+def test_values_decay_beside_their_step_and_policies_do_not(kind: type[Any]) -> None:
+    """AdamW's decay: the first step with it ends lower by rate times decay times the initial weight."""
+    lr, decay = 1e-2, 0.3
+    plain, decayed = (built(kind, critic={"lr": lr, "weight_decay": w}) for w in (0.0, decay))
+    first = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for method in (plain, decayed):
+        method.draws.begin(method.draws.place, torch.device("cpu"))
+        method.training_step(batch(), 0)
+    values = [name for name in first if name.split(".")[0] in ("critic", "value")]
+    assert {name.split(".")[0] for name in values} == ({"critic", "value"} if kind is IQL else {"critic"})
+    for name in values:
+        with_decay, without = decayed.get_parameter(name), plain.get_parameter(name)
+        torch.testing.assert_close(with_decay, without - lr * decay * first[name], atol=1e-6, rtol=1e-4)
+        assert not torch.equal(with_decay, without) or not bool(first[name].any())
+    if kind in (CRR, CQL):  # whose policy takes its gradient before the values step
+        assert same(weights(plain.actor), weights(decayed.actor))
+
+
 @pytest.mark.parametrize("kind", WITH_CRITICS)
 def test_a_policys_step_leaves_gradients_on_the_policy_alone(kind: type[Any]) -> None:
     method = built(kind, **({"policy_freq": 1} if kind is TD3BC else {}))

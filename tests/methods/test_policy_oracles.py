@@ -163,6 +163,21 @@ def test_every_option_of_the_solver_reaches_it(options: dict[str, Any], expected
     assert slope(exact_policy("linear", 1000, 0.3), **options)[0] == pytest.approx(expected, abs=1e-7)
 
 
+@pytest.mark.parametrize("std", [0.01, 0.3])
+def test_the_last_call_replaces_the_last_action_by_the_mean_of_the_data_given_it(std: float) -> None:
+    """At t = 1/K the signal is sqrt(0.9999) and the noise 0.01; the solver itself takes its 15 calls as without."""
+    policy = exact_policy("linear", 1000, std, mean=0.3)
+    (slope_before, before), (slope_after, after) = (slope(policy, final_denoise=on) for on in (False, True))
+    gain = 0.9999**0.5 * std**2 / (0.9999 * std**2 + 1e-4)
+    assert slope_after == pytest.approx(gain * slope_before, rel=1e-9)
+    assert after == pytest.approx(0.3 + gain * (before - 0.9999**0.5 * 0.3), rel=1e-9)
+
+    asked, net = [], policy.net.forward
+    policy.net.forward = lambda x, k: (asked.append(float(k)), net(x, k))[1]  # type: ignore[method-assign]
+    slope(policy, final_denoise=True)
+    assert len(asked) == 16 and asked[-1] == 0
+
+
 def test_the_taylor_variant_is_another_solver() -> None:
     policy = exact_policy("linear", 1000, 0.3)
     taylor = slope(policy, variant="taylor")[0]

@@ -137,6 +137,29 @@ def test_state_values_have_one_number_a_row() -> None:
     assert [type(layer).__name__ for layer in net.net].count("LayerNorm") == 2
 
 
+@pytest.mark.parametrize("activation", ["mish", "relu"])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_the_first_layer_may_have_tanh_and_the_others_theirs(activation: str, layer_norm: bool) -> None:
+    """CleanDiffuser's critics, written out; of many candidates too, and the state's value likewise."""
+    torch.manual_seed(0)
+    net = TwinQ(S, A, hidden=16, activation=activation, layer_norm=layer_norm, first_tanh=True)
+    obs, action = torch.randn(40, S), torch.randn(40, 50, A)
+    act = mish if activation == "mish" else torch.relu
+    h = torch.cat([obs[:, None].expand(-1, 50, -1), action], dim=-1).expand(2, -1, -1, -1)
+    for i, layer in enumerate(net.layers):
+        h = h @ layer.weight[:, None] + layer.bias[:, None]
+        h = torch.nn.functional.layer_norm(h, (16,)) if layer_norm else h
+        h = h.tanh() if i == 0 else act(h)
+    expected = (h @ net.head.weight[:, None] + net.head.bias[:, None]).squeeze(-1)
+    torch.testing.assert_close(net(obs, action), expected, rtol=1e-4, atol=1e-5)
+    plain_net = TwinQ(S, A, hidden=16, activation=activation, layer_norm=layer_norm)
+    assert plain_net.state_dict().keys() == net.state_dict().keys()
+
+    value = ValueNet(S, hidden=16, activation=activation, layer_norm=layer_norm, first_tanh=True)
+    kinds = [type(layer).__name__ for layer in value.net if type(layer).__name__ not in ("Linear", "LayerNorm")]
+    assert kinds == ["Tanh", *[{"mish": "Mish", "relu": "ReLU"}[activation]] * 2]
+
+
 def test_options_that_make_no_sense_are_refused() -> None:
     for options, message in (
         ({"activation": "misch"}, "did you mean 'mish'"),
