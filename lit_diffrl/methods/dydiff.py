@@ -266,7 +266,8 @@ class DyDiff(DynamicsModels):
         if o.filter == "hardmax":
             return synthesis.keep_hardmax(returns, o.keep)
         scale: Literal["zscore", "raw"] = "zscore" if o.z_score else "raw"
-        return synthesis.keep_softmax(returns, o.keep, gumbel, temperature=o.temperature, floor=o.floor, scale=scale)
+        log_probs = synthesis.filter_log_probs(returns, temperature=o.temperature, floor=o.floor, scale=scale)
+        return synthesis.keep_softmax(log_probs, o.keep, gumbel)
 
     # ---------------------------------------------------------------- diagnosis
 
