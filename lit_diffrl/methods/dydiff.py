@@ -71,7 +71,8 @@ class DyDiff(DynamicsModels):
     (``data.terminal``) and the limits of states hold the states that end episodes, without which no predicted state
     would be terminal; a fallen robot's rewards do not count; the ensemble is trained and stopped as this package's
     world model is: weight decay is AdamW's, the same for all layers, and ``world_model.patience`` counts epochs of
-    this run; the reward model has SiLU for ReLU; learners are as published.
+    this run; the reward model has SiLU for ReLU (``world_model.reward_activation``); learners are as published, with
+    the authors' variants as arguments of theirs (``conf/paper/dydiff/…-code.yaml``).
 
     Logged, beside the learner's: ``loss/dynamics``, ``loss/reward``, ``val/dynamics_mse`` (as in DMEMM),
     ``loss/diffusion`` (falls quickly below 0.2, then slowly). At each refresh: ``synthetic/return_…`` (mean, std, min,
@@ -189,7 +190,8 @@ class DyDiff(DynamicsModels):
             horizon: Steps H.
         """
         o, (predict, samples) = self.rollouts, self.rounds()
-        x, actions = synthesis.single_step_rollout(self.to_model(start), self.act_in, self.step_model, horizon)
+        x = self.to_model(start)
+        x, actions = synthesis.single_step_rollout(x, self.act_in, self.step_model(x), horizon)
         x, actions, previous = synthesis.iterate_correction(
             x, actions, predict, self.act_in, rounds=o.corrections, beta=o.damping
         )
@@ -294,7 +296,7 @@ class DyDiff(DynamicsModels):
         def roll_out(first: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
             self.draws.begin(place, self.device)
             x = self.state_limits.normalize(self.to_own(first))
-            x, actions = synthesis.single_step_rollout(x, self.act_in, self.step_model, horizon)
+            x, actions = synthesis.single_step_rollout(x, self.act_in, self.step_model(x), horizon)
             found, (predict, _) = {"single-step rollout": (x, actions)}, self.rounds()
             for k in range(1, self.rollouts.corrections + 1):
                 x, actions, _ = synthesis.iterate_correction(

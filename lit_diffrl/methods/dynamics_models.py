@@ -24,6 +24,7 @@ from lit_diffrl.diffusion.hooks import Project
 from lit_diffrl.methods import synthesis
 from lit_diffrl.methods.agreement import refuse_other_arguments
 from lit_diffrl.methods.base import Phase, as_options
+from lit_diffrl.methods.options import WorldModelOptions
 from lit_diffrl.methods.synthesis_options import RolloutOptions, TrajectoryDenoiserOptions
 from lit_diffrl.methods.synthetic_learner import Predict, Synthesis
 from lit_diffrl.methods.world_model_phase import WorldModelPhase
@@ -181,6 +182,9 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         before, now = (
             {f"denoiser.{name}": getattr(options, name) for name in names} for options in (saved, self.denoiser_options)
         )
+        world_model = as_options(WorldModelOptions(), arguments.get("world_model", {}))
+        before["world_model.reward_activation"] = world_model.reward_activation
+        now["world_model.reward_activation"] = self.world_model_options.reward_activation
         refuse_other_arguments("model", tuple(before), before, now)
 
     # ---------------------------------------------------------------- predictions
@@ -193,11 +197,17 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         """The learner's states ``(..., obs)`` in the model scale."""
         return self.state_limits.normalize(self.obs_normalizer.unnormalize(obs))
 
-    def step_model(self, x: Tensor, action: Tensor) -> Tensor:
-        """One step ``(B, obs)`` of the single-step model from states of the model scale, by an elite drawn for each."""
-        drawn = self.draws.randint(0, len(self.world_model.elite), x)
-        normal = self.draws.randn_like(x) if self.rollouts.sample_model else None
-        return self.to_model(self.world_model.step(self.to_learner(x), action, drawn, normal))
+    def step_model(self, first: Tensor) -> synthesis.Dynamics:
+        """The single-step model in the model scale, for rollouts from ``(B, obs)``: the elites as asked for."""
+        o, elites = self.rollouts, len(self.world_model.elite)
+        of_rollout = self.draws.randint(0, elites, first) if o.elite == "rollout" else None
+
+        def step(x: Tensor, action: Tensor) -> Tensor:
+            drawn = self.draws.randint(0, elites, x) if o.elite == "step" else of_rollout
+            normal = self.draws.randn_like(x) if o.sample_model else None
+            return self.to_model(self.world_model.step(self.to_learner(x), action, drawn, normal))
+
+        return step
 
     def sample_states(self, first: Tensor, actions: Tensor, start: tuple[Tensor, int] | None = None) -> Tensor:
         """Eq. 7: states of the model scale ``(B, H, obs)`` by the trajectory model.
@@ -229,8 +239,9 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         """States ``(n, H, obs)`` that the single-step model makes of given actions; all in raw units."""
         units = self.action_normalizer.normalize(actions)
         states = [self.state_limits.normalize(first)]
+        step = self.step_model(states[0])
         for t in range(actions.shape[1] - 1):
-            states.append(self.step_model(states[-1], units[:, t]))
+            states.append(step(states[-1], units[:, t]))
         return self.state_limits.unnormalize(torch.stack(states, dim=1))
 
     def predict_at_once(self, first: Tensor, actions: Tensor) -> Tensor:

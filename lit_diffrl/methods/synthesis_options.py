@@ -123,6 +123,8 @@ class RolloutOptions:
             sample and the actions that it was given.
         sample_policy: Draw actions from a Gaussian policy, instead of its mean; diffusion policies always draw.
         sample_model: Draw single steps from the model's Gaussian, instead of its mean.
+        elite: Which member of the ensemble makes a single step: one drawn for every ``step`` of every rollout, one for
+            each whole ``rollout``, or the ``mixture`` of all elites, by its mean and variance.
         warm_start: Noise level, by its index, to which rounds after the first noise the trajectory model's last sample,
             instead of beginning with noise alone; null for none.
         chunk: Start states denoised at once, over all processes.
@@ -148,6 +150,7 @@ class RolloutOptions:
     emit: Literal["policy", "dynamics"] = "policy"
     sample_policy: bool = False
     sample_model: bool = False
+    elite: Literal["step", "rollout", "mixture"] = "step"
     warm_start: int | None = None
     chunk: int = 256
     filter: Literal["softmax", "hardmax", "none"] = "softmax"
@@ -166,6 +169,7 @@ class RolloutOptions:
             check_range(f"rollouts.{name}", getattr(self, name), 0)
         check_choice("rollouts.start_states", self.start_states, ("transitions", "non_terminal", "initial"))
         check_choice("rollouts.emit", self.emit, ("policy", "dynamics"))
+        check_choice("rollouts.elite", self.elite, ("step", "rollout", "mixture"))
         check_choice("rollouts.filter", self.filter, ("softmax", "hardmax", "none"))
         check_choice("rollouts.returns", self.returns, ("until_done", "all"))
         check_range("rollouts.damping", self.damping, 0, 1, low_open=True)

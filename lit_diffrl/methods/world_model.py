@@ -312,22 +312,25 @@ class WorldModel(nn.Module):
         return self.step(obs, action, drawn, normal), self.reward(obs, action)
 
     @torch.no_grad()
-    def step(self, obs: Tensor, action: Tensor, drawn: Tensor, normal: Tensor | None = None) -> Tensor:
-        """Advance each state by one elite.
+    def step(self, obs: Tensor, action: Tensor, drawn: Tensor | None, normal: Tensor | None = None) -> Tensor:
+        """Advance each state by one elite, or by the mixture of all.
 
         Args:
             obs: ``(..., obs_dim)`` normalised.
             action: ``(..., action_dim)`` normalised.
-            drawn: ``(...)`` which elite, by its rank.
-            normal: Standard normal ``(..., obs_dim)`` to draw from the elite's Gaussian; None takes its mean.
+            drawn: ``(...)`` which elite, by its rank; None for the mixture, by its mean and variance.
+            normal: Standard normal ``(..., obs_dim)`` to draw from that Gaussian; None takes its mean.
 
         Returns:
             ``(..., obs_dim)`` normalised.
         """
-        mean, var = self._elite_mean_var(obs, action)
-        index = drawn[None, ..., None].expand(1, *mean.shape[1:])
-        next_obs = mean.gather(0, index)[0]
-        return next_obs if normal is None else next_obs + var.gather(0, index)[0].sqrt() * normal
+        if drawn is None:
+            mean, var = self.mean_var(obs, action)
+        else:
+            means, variances = self._elite_mean_var(obs, action)
+            index = drawn[None, ..., None].expand(1, *means.shape[1:])
+            mean, var = means.gather(0, index)[0], variances.gather(0, index)[0]
+        return mean if normal is None else mean + var.sqrt() * normal
 
     def disagreement(self, obs: Tensor, action: Tensor) -> Tensor:
         """Standard deviation ``(...,)`` of the elites' means, root mean square over dimensions, normalised."""

@@ -107,6 +107,36 @@ def test_without_corrections_a_rollout_is_the_single_step_models(data: Trajector
     assert float(made.gap.max()) == 0
 
 
+@pytest.mark.parametrize("elite", ["step", "rollout", "mixture"])
+@pytest.mark.parametrize("noise", [False, True])
+def test_steps_are_by_an_elite_drawn_for_each_or_for_the_rollout_or_by_all(
+    data: TrajectoryData, elite: str, noise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor | None] = []
+    step = WorldModel.step
+
+    def watched(self: WorldModel, obs: Tensor, action: Tensor, chosen: Any, normal: Any = None) -> Tensor:
+        drawn.append(chosen)
+        found = step(self, obs, action, chosen, normal)
+        mean, var = self.mean_var(obs, action)
+        assert (normal is not None) == noise
+        if chosen is None:
+            torch.testing.assert_close(found, mean if normal is None else mean + var.sqrt() * normal)
+        return found
+
+    monkeypatch.setattr(WorldModel, "step", watched)
+    method = built(data, rollouts={"corrections": 0, "elite": elite, "sample_model": noise})
+    with torch.no_grad():
+        method.roll_out(states(data, 64), H)
+    assert len(drawn) == H - 1
+    if elite == "mixture":
+        assert all(chosen is None for chosen in drawn)
+        return
+    table = torch.stack([chosen for chosen in drawn if chosen is not None])
+    assert table.shape == (H - 1, 64) and set(table.unique().tolist()) == {0, 1}
+    assert bool((table == table[0]).all()) == (elite == "rollout")
+
+
 @pytest.mark.parametrize("kind", [DyDiffTD3BC, DyDiffCQL])
 @pytest.mark.parametrize("corrections", [0, 2])
 def test_emitted_actions_are_the_policys_in_the_emitted_states(
@@ -470,6 +500,7 @@ def test_models_of_one_learner_serve_another(folder: Path, capsys: pytest.Captur
         (untrained, [], "has a diffusion model that never learned"),
         (last, ["--model.edm.sigma_data=1"], "edm.sigma_data: checkpoint 0.5, now 1.0"),
         (last, ["--model.denoiser.dim=16"], "networks differ"),
+        (last, ["--model.world_model.reward_activation=relu"], "reward_activation: checkpoint 'silu', now 'relu'"),
         (last, ["--data.reward=minmax"], f"model.models_ckpt {last}: the checkpoint was trained on other data"),
         (last, ["--data.horizon=24"], "data.horizon: checkpoint 32, now 24"),
         (last, ["--model.denoiser.measure_sigma_data=true"], "denoiser.measure_sigma_data: checkpoint False, now True"),

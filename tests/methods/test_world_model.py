@@ -466,6 +466,15 @@ def test_samples_come_from_random_elites() -> None:
     assert not drawn.requires_grad
 
 
+@pytest.mark.parametrize("activation", ["silu", "mish", "relu"])
+def test_the_reward_model_has_the_activation_it_is_given(activation: str) -> None:
+    model = model_of(reward_activation=activation)
+    x, layers = torch.randn(5, OBS + ACTION), model.reward_net.layers
+    hidden = {"silu": nn.functional.silu, "mish": nn.functional.mish, "relu": nn.functional.relu}[activation]
+    raw = layers[2](hidden(layers[1](hidden(layers[0](x)))))[0, :, 0]
+    torch.testing.assert_close(model.reward(x[:, :OBS], x[:, OBS:]), model._bounded(raw))
+
+
 @pytest.mark.parametrize(("low", "high"), [(-0.5, 1.0), (0.0, 1.0), (0.98, 0.99), (0.7, 0.7)])
 def test_reward_is_bounded_softly(low: float, high: float) -> None:
     model = model_of(reward_low=low, reward_high=high, reward_layers=0)
