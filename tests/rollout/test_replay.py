@@ -212,6 +212,28 @@ def test_the_figure_shows_every_curve(maze_errors: tuple[ModelErrors, Tensor]) -
     assert figure_pixels(figure, dpi=40).std() > 5
 
 
+@pytest.mark.parametrize(
+    ("first", "rest", "recorded", "floor"),
+    [
+        (0.01, 0.1, 0.05, 0.008),  # all of it
+        (1e-4, 0.1, 0.05, 0.04),  # the first step, a thousandth of the others, is out
+        (0.0, 0.1, 1e-9, 0.08),  # and what is none at all
+        (1e-5, 1e-5, 1e-9, 0.8e-5),  # models that are as good as that are shown
+        (1e-9, 1e-9, 1e-9, 0.24),  # but not those that cannot be told from the truth
+    ],
+)
+def test_the_figure_begins_at_errors_that_are_some(first: float, rest: float, recorded: float, floor: float) -> None:
+    curves = {"model": np.full(20, rest), START: np.full(20, 0.3), DATASET: np.full(20, recorded)}
+    curves["model"][:2] = 0.0, first
+    errors = ModelErrors(curves, curves, np.full(20, 4))
+    axis = errors_figure(errors, "model").axes[0]
+    assert axis.get_ylim()[0] == pytest.approx(floor) and axis.get_yscale() == "log"
+    labels = {text.get_text() for text in axis.get_legend().get_texts()}  # type: ignore[union-attr]
+    assert (f"{DATASET} (below)" in labels) == (recorded < floor) and ("model (below)" in labels) == (rest < floor)
+    nothing = {name: np.zeros(20) for name in curves}
+    assert errors_figure(ModelErrors(nothing, nothing, errors.rows), "exact").axes[0].get_ylim()[0] > 0
+
+
 def test_states_after_the_true_end_and_clipped_starts_do_not_count() -> None:
     obs = torch.zeros(3, 30, 11)
     obs[:, :, 0] = 1.25
