@@ -178,7 +178,7 @@ class CQL(OfflineLearner):
         """
         (rows, width), n, m = batch.action.shape, self.n_actions, self.critic_options.backup_candidates
         for_uniform, for_now, for_next, for_target = noise.split((n, n, n, m), dim=1)
-        next_policy = self.actor(batch.next_obs)
+        next_policy: tuple[Tensor, Tensor] = self.actor(batch.next_obs)
         uniform = 2 * torch.special.ndtr(for_uniform) - 1
         now, now_log_prob = squash(*policy, for_now)
         ahead, ahead_log_prob = squash(*next_policy, for_next)
@@ -196,7 +196,7 @@ class CQL(OfflineLearner):
         noise = self.draws.randn_like(batch.action[:, None].expand(-1, count + 1, -1))
         for_critics, for_policy = noise.split((count, 1), dim=1)
 
-        policy = self.actor(batch.obs)
+        policy: tuple[Tensor, Tensor] = self.actor(batch.obs)
         lessons = None if self.policy_first else self.lessons(batch, policy, for_critics)
         action, log_prob = squash(*policy, for_policy[:, 0])
         temperature = self.entropy_temperature().detach()
