@@ -21,6 +21,7 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.trajectories import TrajectoryBatch
 from lit_diffrl.diffusion.edm import EDM, Network
 from lit_diffrl.diffusion.hooks import Project
+from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import synthesis
 from lit_diffrl.methods.agreement import refuse_other_arguments
 from lit_diffrl.methods.base import Phase, as_options
@@ -29,6 +30,7 @@ from lit_diffrl.methods.synthesis_options import RolloutOptions, TrajectoryDenoi
 from lit_diffrl.methods.synthetic_learner import Predict, Synthesis
 from lit_diffrl.methods.world_model_phase import WorldModelPhase
 from lit_diffrl.nets.ema import EMA, half_life_decay
+from lit_diffrl.nets.ensemble import RowShares
 from lit_diffrl.nets.unet import TemporalUNet
 
 RAMP = 10_000_000  # windows after which the learning rate of lr_decay "ramp" is reached
@@ -38,7 +40,7 @@ class DynamicsModels(Synthesis, WorldModelPhase):
     """The phases ``world_model`` and ``diffusion`` of a learner, and what the models predict afterwards.
 
     Attributes:
-        denoiser: The trajectory model, and ``denoiser_ema`` its average, which is what predicts.
+        denoiser: The trajectory model, or several, and ``denoiser_ema`` the average, which is what predicts.
         window_low: Limits of states and actions that make the model scale, with ``window_high``.
         window_std: Deviation of the windows in the model scale.
     """
@@ -73,7 +75,8 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         super().build(spec)
         o, width = self.denoiser_options, spec.obs_dim + spec.action_dim
         self.build_world_model(spec)
-        self.denoiser = TemporalUNet(width, dim=o.dim, mults=o.mults, kernel=o.kernel)
+        nets = [TemporalUNet(width, dim=o.dim, mults=o.mults, kernel=o.kernel) for _ in range(o.members)]
+        self.denoiser = nets[0] if o.members == 1 else RowShares(nets)
         self.denoiser_ema = EMA(self.denoiser, every=1, start=0)
         for name, size in (("window_low", width), ("window_high", width), ("window_std", 1)):
             self.register_buffer(name, torch.zeros(size))
@@ -112,9 +115,14 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         return LimitsNormalizer(limits.low[n:], limits.high[n:]).normalize(actions)
 
     def on_fit_start(self) -> None:
-        """Refuse data without windows before any time is spent."""
+        """Refuse data without windows, or too few of them for each model, before any time is spent."""
         super().on_fit_start()
         self.data.require_windows()
+        members, rows = self.denoiser_options.members, self.data.window_batch_size
+        if self.epochs["diffusion"] and rows % members:
+            raise ConfigError(
+                f"data.window_batch_size {rows} cannot be shared by model.denoiser.members {members}; give a multiple"
+            )
 
     # ---------------------------------------------------------------- training of the models
 
@@ -143,7 +151,8 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         self.report({f"grad_norm/{phase}": norm})
 
     def _windows_per_update(self) -> int:
-        return self.data.window_batch_size * self.trainer.world_size
+        """Of each trajectory model."""
+        return self.data.window_batch_size * self.trainer.world_size // self.denoiser_options.members
 
     def _set_rate(self, optimizer: LightningOptimizer) -> None:
         """The learning rate of this place in the run."""

@@ -34,6 +34,8 @@ class TrajectoryDenoiserOptions:
     """DyDiff's trajectory model: a temporal U-Net, and how it is trained.
 
     Args:
+        members: Trajectory models, of which each rollout has one. Each learns from its share of every batch, so that
+            ``data.window_batch_size`` should be so many times as large.
         dim: Base width; DyDiff's 128.
         mults: Widths of its levels in units of ``dim``; DyDiff's 1, 4, 8.
         kernel: Odd size of the convolutions.
@@ -48,6 +50,7 @@ class TrajectoryDenoiserOptions:
         grad_clip: Largest norm of the gradient; null for no limit.
     """
 
+    members: int = 1
     dim: int = 64
     mults: tuple[int, ...] = (1, 2, 4)
     kernel: int = 5
@@ -61,6 +64,7 @@ class TrajectoryDenoiserOptions:
     grad_clip: float | None = 1.0
 
     def __post_init__(self) -> None:
+        check_range("denoiser.members", self.members, 1)
         check_range("denoiser.dim", self.dim, 8)
         check_each("denoiser.mults", self.mults, 1)
         check_range("denoiser.kernel", self.kernel, 1)

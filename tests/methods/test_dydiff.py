@@ -244,6 +244,27 @@ def test_rewards_and_disagreement_do_not_depend_on_the_parts_they_are_computed_i
         torch.testing.assert_close(part, whole)
 
 
+def test_each_rollout_is_made_by_one_of_several_trajectory_models(data: TrajectoryData) -> None:
+    """The others' weights do not matter to it, in any round; and each learns from its share of a batch."""
+    method = built(data, denoiser={**SMALL["denoiser"], "members": 3}, rollouts={"corrections": 2})
+    found = []
+    for silent in (None, 1):
+        if silent is not None:
+            for parameter in method.denoiser_ema.net[silent].parameters():
+                parameter.data.zero_()
+        method.draws.begin(Place(0, 0), torch.device("cpu"))
+        with torch.no_grad():
+            found.append(method.roll_out(states(data), H).states)
+    changed = (found[0] != found[1]).flatten(1).any(1)
+    assert changed.tolist() == [i % 3 == 1 for i in range(8)]
+    method.train()
+    batch = data.windows(torch.arange(6), H)
+    batch.mask[2::3] = False
+    method.diffusion_loss(batch).backward()
+    learns = [any(p.grad is not None and p.grad.any() for p in net.parameters()) for net in method.denoiser]
+    assert learns == [True, True, False]
+
+
 # ---------------------------------------------------------------- losses
 
 
@@ -552,6 +573,7 @@ def test_a_gpu_goes_on_with_its_rollouts(folder: Path) -> None:
     [
         ("--data TransitionData --data.dataset lit_diffrl/pointmaze/umaze-dense-v0", "needs --data TrajectoryData"),
         ("--data.horizon null", "data.horizon is null"),
+        ("--model.denoiser.members 3", "data.window_batch_size 2 cannot be shared by model.denoiser.members 3"),
         ("--model.real_ratio 1.5", "model.real_ratio must be in [0, 1], got 1.5"),
         ("--model.rollouts.emit dynamics --model.rollouts.corrections 0", "rollouts.emit 'dynamics'"),
         ("--model.rollouts.filter best", "one of softmax, hardmax, none"),

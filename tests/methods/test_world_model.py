@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods.world_model import WorldModel
-from lit_diffrl.nets.ensemble import BestWeights, EnsembleMLP, GaussianEnsemble
+from lit_diffrl.nets.ensemble import BestWeights, EnsembleMLP, GaussianEnsemble, RowShares
 from lit_diffrl.nets.mlp import MLP
 
 OBS, ACTION = 3, 2
@@ -86,6 +86,28 @@ def test_initial_weights_follow_the_input_width() -> None:
             weight.detach().div_(layer.weight.shape[2] ** 0.5)
     assert float(net.layers[1].weight.detach().abs().max()) == digits("0.005")
     assert spreads(net) == [pytest.approx(x, rel=0.25) for x in (4e-2, 8e-4, 1.7e-5, 3e-7, 2e-8)]
+
+
+def test_rows_are_shared_out_between_networks() -> None:
+    nets = [nn.Linear(3, 3) for _ in range(3)]
+    shares = RowShares([Levelled(net) for net in nets])
+    x, level = torch.randn(7, 3), torch.randn(7)
+    expected = torch.stack([nets[i % 3](x[i]) + level[i] for i in range(7)])
+    torch.testing.assert_close(shares(x, level), expected)
+    torch.testing.assert_close(shares(x, level[:1]), shares(x, level[:1].expand(7)))
+    assert shares(x[:2], level[:2]).shape == (2, 3), "fewer rows than networks"
+
+
+class Levelled(nn.Module):
+    """A network whose output is moved by the level of each row."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        out: Tensor = self.net(x) + level[:, None]
+        return out
 
 
 def test_members_share_nothing() -> None:
