@@ -87,6 +87,8 @@ class TransitionDenoiserOptions:
         width: Width of the residual blocks; 1024 or 2048 by dataset.
         depth: Residual blocks.
         embed: Width in which data and noise level are added.
+        scale: Of the rows but for their end: ``gaussian``, mean 0 and deviation 1, or ``limits``, from -1 to 1 over the
+            data, within which samples are kept then.
         lr: Learning rate of AdamW, which falls to 0 over the phase as a cosine.
         ema_decay: Share of the old average that an averaging keeps.
         ema_every: Updates between two averagings.
@@ -96,6 +98,7 @@ class TransitionDenoiserOptions:
     width: int = 1024
     depth: int = 6
     embed: int = 128
+    scale: Literal["gaussian", "limits"] = "gaussian"
     lr: float = 3e-4
     ema_decay: float = 0.995
     ema_every: int = 10
@@ -104,6 +107,7 @@ class TransitionDenoiserOptions:
     def __post_init__(self) -> None:
         for name in ("width", "depth", "embed", "ema_every"):
             check_range(f"denoiser.{name}", getattr(self, name), 1)
+        check_choice("denoiser.scale", self.scale, ("gaussian", "limits"))
         check_range("denoiser.ema_decay", self.ema_decay, 0, 1, high_open=True)
         check_range("denoiser.lr", self.lr, 0, low_open=True, high_open=True)
         if self.grad_clip is not None:
