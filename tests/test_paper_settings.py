@@ -183,7 +183,7 @@ def edm_of(method: Any) -> tuple[float, ...]:
 @pytest.mark.parametrize("path", sorted(path.stem for path in (PAPER / "dydiff").glob("*.yaml")))
 def test_dydiff_has_its_table_2_and_the_windows_of_the_authors_snapshot(path: str) -> None:
     method, data, _ = settings(f"dydiff/{path}.yaml")
-    rollouts, denoiser, code = method.rollouts, method.denoiser_options, path == "td3bc-code"
+    rollouts, denoiser, code = method.rollouts, method.denoiser_options, path.endswith("code")
     assert edm_of(method) == pytest.approx((0.002, 80, 0.5, 7, -1.2, 1.2, 0.370, 52.242, 60, 1.002, 34), rel=2e-4)
     assert method.edm_sampler.solver == "heun" and method.edm_sampler.recondition_after_churn == (not code)
     assert (denoiser.dim, tuple(denoiser.mults), denoiser.kernel, denoiser.grad_clip) == (128, (1, 4, 8), 5, None)
@@ -200,7 +200,8 @@ def test_dydiff_has_its_table_2_and_the_windows_of_the_authors_snapshot(path: st
     assert (method.real_ratio, method.world_model_options.patience, method.world_model_options.lr) == (0.6, 7, 1e-4)
     updates = data.get("updates_per_epoch", 1000)
     windows = method.epochs["diffusion"] * updates * data["window_batch_size"]
-    assert windows == pytest.approx(3_000_000, rel=0.01) and method.policy_epochs * updates == 1_000_000
+    assert windows == pytest.approx(3_000_000, rel=0.01) and method.world_model_options.reward_activation == "relu"
+    assert method.policy_epochs * updates == (500_000 if path == "dql-code" else 1_000_000)
     assert (data["horizon"], data["batch_size"]) == (100, 256)
     assert (denoiser.loss, data.get("padding"), rollouts.returns) == (
         ("all", "constant", "all") if code else ("states", None, "until_done")
@@ -209,6 +210,24 @@ def test_dydiff_has_its_table_2_and_the_windows_of_the_authors_snapshot(path: st
         (8, "ramp", True) if code else (64, "cosine", False)
     )
     assert isinstance(TrajectoryData(**data), TrajectoryData)
+
+
+def test_learners_inside_dydiffs_code_are_its_variants() -> None:
+    td3bc, cql, dql = (settings(f"dydiff/{name}-code.yaml")[0] for name in ("td3bc", "cql", "dql"))
+    for method in (td3bc, cql, dql):
+        o = method.critic_options
+        assert (o.layers, o.hidden, o.activation, o.lr, o.tau, o.orthogonal) == (2, 256, "relu", 3e-4, 0.005, False)
+    assert (td3bc.policy, td3bc.alpha, td3bc.policy_freq, td3bc.actor_options.layers) == ("gaussian", 5, 2, 2)
+    assert (cql.lr, cql.alpha, cql.temperature, cql.n_actions, cql.actor_options.layers) == (3e-5, 10, 1, 10, 2)
+    assert (cql.importance_sampling, cql.target_gap, cql.target_entropy) == (True, None, None)
+    assert (cql.policy_first, cql.entropy_log, cql.critic_options.backup_candidates) == (True, (-10, 0.5), 1)
+    assert (dql.action_approximation, dql.clip_approximation, dql.eta, dql.lr, dql.lr_decay) == (
+        True, True, 1, 3e-4, "none",
+    )  # fmt: skip
+    assert (dql.schedule.kind, dql.schedule.num_steps, dql.grad_clip) == ("vp", 5, 5)
+    net, ema, selection = dql.net_options, dql.ema_options, dql.selection
+    assert (net.hidden, net.layers, net.time_dim, ema.decay, ema.every, ema.start) == (256, 3, 16, 0.995, 5, 1001)
+    assert (selection.candidates, selection.temperature, selection.critic) == (50, 1, "target")
 
 
 @pytest.mark.parametrize("learner", ["qgpo", "aepo"])

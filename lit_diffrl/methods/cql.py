@@ -28,20 +28,27 @@ CQL_ACTOR = ActorOptions(layers=3)
 class Positive(nn.Module):
     """A positive number that learns: ``exp`` of the parameter ``log``."""
 
-    def __init__(self, log: float) -> None:
-        """Begin with ``exp(log)``."""
+    def __init__(self, log: float, low: float | None = None, high: float | None = None) -> None:
+        """Begin with ``exp(log)``; :meth:`keep` holds the logarithm between ``low`` and ``high``, where they are."""
         super().__init__()
-        self.log = nn.Parameter(torch.tensor(log))
+        self.log, self.low, self.high = nn.Parameter(torch.tensor(log)), low, high
 
     def forward(self) -> Tensor:
         """The number, a scalar."""
         return self.log.exp()
 
+    @torch.no_grad()
+    def keep(self) -> None:
+        """After a step: back to the limits. Limits in :meth:`forward` would leave no gradient to come back by."""
+        if self.low is not None or self.high is not None:
+            self.log.clamp_(self.low, self.high)
+
 
 class CQL(OfflineLearner):
     """CQL(H): the critics' usual loss plus ``alpha (log sum_a exp Q(s, a) - Q(s, a_data))`` for each (Eq. 4).
 
-    An update takes all gradients at the same, old parameters and then steps:
+    An update takes all gradients at the same, old parameters and then steps; with ``policy_first`` the critics learn
+    from actions of the policy that has just stepped:
 
     1. Critics' target: ``r + gamma (1 - d) min_i Q'_i(s', a')``, a' drawn from the policy; with
        ``critic.backup_candidates`` above 1 the best of that many for each critic. No entropy in it.
@@ -51,6 +58,9 @@ class CQL(OfflineLearner):
        ones, as many of the policy at s, and as many of it at s', all judged at s and weighed by their densities.
        With ``target_gap`` a multiplier holds the term there (Lagrange; Eq. 30).
     4. Targets of the critics.
+
+    The learner inside DyDiff's code has ``policy_first``, ``entropy_log_low`` -10, ``entropy_log_high`` 0.5, networks
+    of two layers and torch's initial weights.
 
     Departures from CORL: the logarithm of the standard deviation is the output less 1, without learned scale and
     offset; the max-target backup takes each critic's best action before the least critic, as the authors do.
@@ -70,6 +80,9 @@ class CQL(OfflineLearner):
         importance_sampling: Weigh the actions by their densities; false adds the data's action and weighs all alike.
         diff_clip: Least value of the term for a state (AntMaze: -200); null for none.
         target_entropy: What the policy's entropy is held at; null for minus the number of action entries.
+        entropy_log_low: Least logarithm of the entropy's temperature; null for none.
+        entropy_log_high: Its greatest; null for none.
+        policy_first: Draw the actions of the critics' losses from the policy after its step, not before.
         actor: The policy's network.
         critic: The critics and their targets.
         lr: Learning rate of the policy and the temperature: 3e-5, or 1e-4 on AntMaze and the pen.
@@ -85,6 +98,9 @@ class CQL(OfflineLearner):
         importance_sampling: bool = True,
         diff_clip: float | None = None,
         target_entropy: float | None = None,
+        entropy_log_low: float | None = None,
+        entropy_log_high: float | None = None,
+        policy_first: bool = False,
         actor: ActorOptions = CQL_ACTOR,
         critic: CriticOptions = CQL_CRITIC,
         lr: float = 3e-5,
@@ -95,13 +111,17 @@ class CQL(OfflineLearner):
         check_range("model.n_actions", n_actions, 1)
         check_range("model.temperature", temperature, 0, low_open=True, high_open=True)
         check_range("model.lr", lr, 0, low_open=True, high_open=True)
-        for name, value in (("target_gap", target_gap), ("diff_clip", diff_clip), ("target_entropy", target_entropy)):
+        free = {"target_gap": target_gap, "diff_clip": diff_clip, "target_entropy": target_entropy}
+        for name, value in (free | {"entropy_log_low": entropy_log_low, "entropy_log_high": entropy_log_high}).items():
             if value is not None:
                 check_range(f"model.{name}", value)
+        if entropy_log_low is not None and entropy_log_high is not None:
+            check_range("model.entropy_log_high", entropy_log_high, entropy_log_low)
         self.save_hyperparameters(logger=False)
         self.policy_epochs, self.alpha, self.target_gap, self.lr = policy_epochs, alpha, target_gap, lr
         self.n_actions, self.temperature, self.importance_sampling = n_actions, temperature, importance_sampling
-        self.diff_clip, self.target_entropy = diff_clip, target_entropy
+        self.diff_clip, self.target_entropy, self.policy_first = diff_clip, target_entropy, policy_first
+        self.entropy_log = entropy_log_low, entropy_log_high
         self.actor_options = as_options(CQL_ACTOR, actor)
         self.critic_options = as_options(CQL_CRITIC, critic)
 
@@ -110,7 +130,7 @@ class CQL(OfflineLearner):
         super().build(spec)
         o = self.actor_options
         self.actor = SquashedGaussianActor(spec.obs_dim, spec.action_dim, o.hidden, o.layers, o.activation, o.dropout)
-        self.entropy_temperature = Positive(0.0)
+        self.entropy_temperature = Positive(0.0, *self.entropy_log)
         self.build_critics(spec)
         if self.target_gap is not None:
             self.multiplier = Positive(1.0)
@@ -141,31 +161,51 @@ class CQL(OfflineLearner):
         gap = soft_max - q[..., 0]
         return (gap if self.diff_clip is None else gap.clamp_min(self.diff_clip)).mean(dim=1)
 
+    @torch.no_grad()
+    def lessons(
+        self, batch: PolicyBatch, policy: tuple[Tensor, Tensor], noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the critics learn from.
+
+        Args:
+            batch: Transitions.
+            policy: Mean and logarithm of the deviation, each ``(B, A)``, of the policy in the states.
+            noise: Standard normal ``(B, 3 n + m, A)``: for n actions of each source, and m of the target.
+
+        Returns:
+            Targets ``(B,)``; the data's actions and the others ``(B, 1 + 3 n, A)``; logarithms ``(B, 3 n)`` of the
+            densities of the others.
+        """
+        (rows, width), n, m = batch.action.shape, self.n_actions, self.critic_options.backup_candidates
+        for_uniform, for_now, for_next, for_target = noise.split((n, n, n, m), dim=1)
+        next_policy: tuple[Tensor, Tensor] = self.actor(batch.next_obs)
+        uniform = 2 * torch.special.ndtr(for_uniform) - 1
+        now, now_log_prob = squash(*policy, for_now)
+        ahead, ahead_log_prob = squash(*next_policy, for_next)
+        next_action = squash(*next_policy, for_target if m > 1 else for_target[:, 0])[0]
+        y = td_target(batch.reward, batch.done, batch.discount, self.backup(batch.next_obs, next_action))
+        actions = torch.cat([batch.action[:, None], uniform, now, ahead], dim=1)
+        evenly = now_log_prob.new_full((rows, n), -width * math.log(2))
+        return y, actions, torch.cat([evenly, now_log_prob, ahead_log_prob], dim=1)
+
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         """One update: policy and temperature, multiplier, critics, targets."""
         critic_optimizer, actor_optimizer, *multiplier_optimizer = self.optimizers()  # type: ignore[attr-defined, misc]
-        (rows, width), n, m = batch.action.shape, self.n_actions, self.critic_options.backup_candidates
-        noise = self.draws.randn_like(batch.action[:, None].expand(-1, 3 * n + m + 1, -1))
-        for_uniform, for_now, for_next, for_target, for_policy = noise.split((n, n, n, m, 1), dim=1)
+        n = self.n_actions
+        count = 3 * n + self.critic_options.backup_candidates
+        noise = self.draws.randn_like(batch.action[:, None].expand(-1, count + 1, -1))
+        for_critics, for_policy = noise.split((count, 1), dim=1)
 
-        mean, log_std = self.actor(batch.obs)
-        with torch.no_grad():
-            next_mean, next_log_std = self.actor(batch.next_obs)
-            uniform = 2 * torch.special.ndtr(for_uniform) - 1
-            now, now_log_prob = squash(mean, log_std, for_now)
-            ahead, ahead_log_prob = squash(next_mean, next_log_std, for_next)
-            next_action = squash(next_mean, next_log_std, for_target if m > 1 else for_target[:, 0])[0]
-            y = td_target(batch.reward, batch.done, batch.discount, self.backup(batch.next_obs, next_action))
-            actions = torch.cat([batch.action[:, None], uniform, now, ahead], dim=1)
-            evenly = now_log_prob.new_full((rows, n), -width * math.log(2))
-            log_density = torch.cat([evenly, now_log_prob, ahead_log_prob], dim=1)
-
-        action, log_prob = squash(mean, log_std, for_policy[:, 0])
+        policy: tuple[Tensor, Tensor] = self.actor(batch.obs)
+        lessons = None if self.policy_first else self.lessons(batch, policy, for_critics)
+        action, log_prob = squash(*policy, for_policy[:, 0])
         temperature = self.entropy_temperature().detach()
         actor_loss = (temperature * log_prob - self.critic(batch.obs, action, members=slice(None)).amin(dim=0)).mean()
         temperature_loss = -self.entropy_temperature.log * (log_prob.detach().mean() + self.entropy)
         actor_norm = self.descend(actor_optimizer, actor_loss + temperature_loss, "actor", batch)
+        self.entropy_temperature.keep()
 
+        y, actions, log_density = lessons or self.lessons(batch, self.actor(batch.obs), for_critics)
         q = self.critic(batch.obs, actions)
         gap = self.conservative(q, log_density)
         conservative_loss = self.alpha * gap.sum()

@@ -14,7 +14,7 @@ from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.diffusion.schedules import Schedule
 from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.methods.base import as_options
-from lit_diffrl.methods.diffusion_policy import DiffusionPolicy
+from lit_diffrl.methods.diffusion_policy import DiffusionPolicy, Noised
 from lit_diffrl.methods.losses import td_target
 from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.options import EMAOptions
@@ -37,7 +37,12 @@ class DiffusionLearner(OfflineLearner):
     Attributes:
         policy: The policy that learns.
         policy_ema: Its average, which draws the actions of the critics' targets.
+        action_approximation: Whether the critic judges the action of EDP's Eq. 9.
+        clip_approximation: Whether that is kept within the box.
     """
+
+    action_approximation: bool
+    clip_approximation = True
 
     fixed_arguments = ("schedule", "n_diffusion_steps")
     offline_loss = "loss/diffusion"
@@ -101,6 +106,15 @@ class DiffusionLearner(OfflineLearner):
         """Set the policy's learning rate for this place in the run."""
         if self.lr_decay == "cosine":
             self.set_cosine_lr(optimizer, self.lr)
+
+    def improved_action(self, noised: Noised, obs: Tensor) -> Tensor:
+        """The action ``(B, A)`` that the critic judges: that of EDP's Eq. 9, or one drawn with gradient."""
+        if self.action_approximation:
+            a_hat = self.policy.approximate(noised, clip=self.clip_approximation)
+            if self.reporting:
+                self.report({"clipped": (a_hat.detach().abs() >= 1).float().mean()})
+            return a_hat
+        return self.policy.sample(obs, self.draws.randn_like(noised.a_k), self.sampler, self.draws.randn_like)
 
     # ---------------------------------------------------------------- the critics' target
 

@@ -50,12 +50,14 @@ class DiffusionQL(DiffusionLearner):
 
     Logged: ``loss/critic``, ``loss/diffusion`` (falls quickly to a plateau well below 1), ``loss/q`` (-1 where all
     values are positive and the two critics agree), ``q/mean``, ``q/target``, ``grad_norm/critic``,
-    ``grad_norm/policy``. Values that grow without end, past the largest reward over ``1 - discount``, are the method's
-    known failure: lower ``eta``.
+    ``grad_norm/policy``, and with ``action_approximation`` ``clipped``, as EDP-TD3. Values that grow without end, past
+    the largest reward over ``1 - discount``, are the method's known failure: lower ``eta``.
 
     Args:
         policy_epochs: Length of training in epochs.
         eta: Weight of the critic against cloning; small for good data, larger for mediocre data.
+        action_approximation: Improve the action that one network call implies (Eq. 9 of EDP, clipped to the box), which
+            the cloning makes anyway, instead of one drawn through all steps: the learner inside DyDiff's code.
         n_diffusion_steps: Diffusion steps K.
         schedule: ``vp`` (the code's), ``linear``, ``linear_unscaled`` or ``cosine``.
         sampler: How actions of the critics' targets and of the policy loss are drawn.
@@ -75,6 +77,7 @@ class DiffusionQL(DiffusionLearner):
         self,
         policy_epochs: int = 2000,
         eta: float = 1.0,
+        action_approximation: bool = False,
         n_diffusion_steps: int = 5,
         schedule: Literal["vp", "linear", "linear_unscaled", "cosine"] = "vp",
         sampler: ActionSamplerOptions = DDPM,
@@ -90,7 +93,7 @@ class DiffusionQL(DiffusionLearner):
         super().__init__()
         check_range("model.eta", eta, 0, high_open=True)
         self.save_hyperparameters(logger=False)
-        self.eta = eta
+        self.eta, self.action_approximation = eta, action_approximation
         self._keep(
             policy_epochs, n_diffusion_steps, schedule, as_options(DDPM, sampler), eval_sampler,
             as_options(TARGET_OF_50, selection), net, as_options(CriticOptions(), critic), ema, lr, lr_decay, grad_clip,
@@ -98,11 +101,11 @@ class DiffusionQL(DiffusionLearner):
 
     def policy_loss(self, batch: PolicyBatch) -> dict[str, Tensor]:
         """Cloning and improvement (their Eqs. 2 to 4) under the names they are logged by; ``total`` is descended."""
-        diffusion = self.policy.noised(batch.action, batch.obs, self.draws).error.mean()
+        noised = self.policy.noised(batch.action, batch.obs, self.draws)
+        diffusion = noised.error.mean()
         if self.eta == 0:
             return {"total": diffusion, "diffusion": diffusion}
-        noise = self.draws.randn_like(batch.action)
-        action = self.policy.sample(batch.obs, noise, self.sampler, self.draws.randn_like)
+        action = self.improved_action(noised, batch.obs)
         i = self.draws.coin()
         q = self.critic(batch.obs, action, members=slice(i, i + 1))
         with torch.no_grad():

@@ -7,8 +7,8 @@ equations by number, and the authors' code.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,37 +20,19 @@ from lit_diffrl.methods import synthesis
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.cql import CQL
 from lit_diffrl.methods.dql import DiffusionQL
-from lit_diffrl.methods.dynamics_models import DynamicsModels
 from lit_diffrl.methods.edp import EDPCRR, EDPIQL, EDPTD3
 from lit_diffrl.methods.iql import IQL
 from lit_diffrl.methods.options import WorldModelOptions
+from lit_diffrl.methods.policy_rollouts import PolicyRollouts, Rollouts
 from lit_diffrl.methods.synthesis_options import EDMSamplerOptions, RolloutOptions, TrajectoryDenoiserOptions
-from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES
 from lit_diffrl.methods.td3bc import TD3BC
 from lit_diffrl.methods.termination import TERMINATIONS, Termination, termination_rule
-from lit_diffrl.seeding import Place
 
 SINGLE_STEP = WorldModelOptions(patience=7)
 TRAJECTORY_CHURN = Churn(s_churn=60.0, s_tmin=0.3699492132558657, s_tmax=52.241950650433864, s_noise=1.002)
 
 
-class Rollouts(NamedTuple):
-    """Trajectories of a refresh and what tells of their quality.
-
-    Args:
-        states: ``(B, H, obs)`` normalised.
-        actions: ``(B, H, action)`` in [-1, 1].
-        gap: ``(B,)`` mean size of the last correction of the actions: what the last states do not know of yet.
-        outside: ``(B,)`` share of the states' entries that lay beyond the data's limits, before they were clipped.
-    """
-
-    states: Tensor
-    actions: Tensor
-    gap: Tensor
-    outside: Tensor
-
-
-class DyDiff(DynamicsModels):
+class DyDiff(PolicyRollouts):
     """A trajectory model that is given a start and all actions, corrected in turns with the policy (Algorithm 1).
 
     1. Phase ``world_model``: the single-step ensemble (Eq. 5) and the reward model (Eq. 10).
@@ -71,7 +53,8 @@ class DyDiff(DynamicsModels):
     (``data.terminal``) and the limits of states hold the states that end episodes, without which no predicted state
     would be terminal; a fallen robot's rewards do not count; the ensemble is trained and stopped as this package's
     world model is: weight decay is AdamW's, the same for all layers, and ``world_model.patience`` counts epochs of
-    this run; the reward model has SiLU for ReLU; learners are as published.
+    this run; the reward model has SiLU for ReLU (``world_model.reward_activation``); learners are as published, with
+    the authors' variants as arguments of theirs (``conf/paper/dydiff/…-code.yaml``).
 
     Logged, beside the learner's: ``loss/dynamics``, ``loss/reward``, ``val/dynamics_mse`` (as in DMEMM),
     ``loss/diffusion`` (falls quickly below 0.2, then slowly). At each refresh: ``synthetic/return_…`` (mean, std, min,
@@ -159,45 +142,6 @@ class DyDiff(DynamicsModels):
         """The buffer's size."""
         return "rollouts.capacity"
 
-    # ---------------------------------------------------------------- rollouts, in the model scale
-
-    def act_in(self, x: Tensor) -> Tensor:
-        """The policy's actions ``(..., action)`` in states ``(..., obs)`` of the model scale."""
-        obs = self.to_learner(x)
-        return self.choose(obs.flatten(0, -2)).view(*x.shape[:-1], -1)
-
-    def choose(self, obs: Tensor) -> Tensor:
-        """The policy's actions ``(n, action)`` for rollouts, in the learner's states ``(n, obs)``."""
-        return self.draw_action(obs) if self.rollouts.sample_policy else self.propose(obs)
-
-    def rounds(self) -> tuple[synthesis.PredictStates, list[Tensor]]:
-        """The trajectory model as the rounds of one correction ask it, and the list of the samples it has given."""
-        samples, index = list[Tensor](), self.rollouts.warm_start
-
-        def predict(first: Tensor, actions: Tensor) -> Tensor:
-            warm = (samples[-1], index) if samples and index is not None else None
-            samples.append(self.sample_states(first, actions, warm))
-            return samples[-1]
-
-        return predict, samples
-
-    def roll_out(self, start: Tensor, horizon: int) -> Rollouts:
-        """Trajectories of the current policy (Eqs. 6 to 9).
-
-        Args:
-            start: ``(B, obs)`` start states, normalised.
-            horizon: Steps H.
-        """
-        o, (predict, samples) = self.rollouts, self.rounds()
-        x, actions = synthesis.single_step_rollout(self.to_model(start), self.act_in, self.step_model, horizon)
-        x, actions, previous = synthesis.iterate_correction(
-            x, actions, predict, self.act_in, rounds=o.corrections, beta=o.damping
-        )
-        gap = (actions - previous).abs().mean((1, 2))
-        if o.emit == "dynamics":
-            x, actions = samples[-1], previous
-        return Rollouts(self.to_learner(x), actions, gap, (x.abs() > 1 + 1e-4).to(gap).mean((1, 2)))
-
     # ---------------------------------------------------------------- a refresh of the buffer
 
     def synthesizes(self, epoch: int) -> bool:
@@ -266,44 +210,8 @@ class DyDiff(DynamicsModels):
         if o.filter == "hardmax":
             return synthesis.keep_hardmax(returns, o.keep)
         scale: Literal["zscore", "raw"] = "zscore" if o.z_score else "raw"
-        return synthesis.keep_softmax(returns, o.keep, gumbel, temperature=o.temperature, floor=o.floor, scale=scale)
-
-    # ---------------------------------------------------------------- diagnosis
-
-    def closed_loop(
-        self, horizon: int
-    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]]]:
-        """The policy, and its rollouts in the models, for comparison with the simulator; all in raw units.
-
-        Args:
-            horizon: States H of a rollout.
-
-        Returns:
-            ``obs (n, obs) -> actions (n, action)`` and ``first states (n, obs) -> (states (n, H, obs), actions
-            (n, H, action))``, by name: after the single-step model, and after each round of correction.
-        """
-        place = Place(self.current_epoch, AFTER_UPDATES + 2)
-
-        @torch.no_grad()
-        def policy(obs: Tensor) -> Tensor:
-            chosen = self.choose(self.obs_normalizer.normalize(self.to_own(obs)))
-            return self.action_normalizer.unnormalize(chosen).float()
-
-        @torch.no_grad()
-        def roll_out(first: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-            self.draws.begin(place, self.device)
-            x = self.state_limits.normalize(self.to_own(first))
-            x, actions = synthesis.single_step_rollout(x, self.act_in, self.step_model, horizon)
-            found, (predict, _) = {"single-step rollout": (x, actions)}, self.rounds()
-            for k in range(1, self.rollouts.corrections + 1):
-                x, actions, _ = synthesis.iterate_correction(
-                    x, actions, predict, self.act_in, rounds=1, beta=self.rollouts.damping
-                )
-                found[f"correction {k}"] = x, actions
-            raw, units = self.state_limits.unnormalize, self.action_normalizer.unnormalize
-            return {name: (raw(x).float(), units(a).float()) for name, (x, a) in found.items()}
-
-        return policy, roll_out
+        log_probs = synthesis.filter_log_probs(returns, temperature=o.temperature, floor=o.floor, scale=scale)
+        return synthesis.keep_softmax(log_probs, o.keep, gumbel)
 
 
 class DyDiffTD3BC(DyDiff, TD3BC):

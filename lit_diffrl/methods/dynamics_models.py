@@ -21,13 +21,16 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.trajectories import TrajectoryBatch
 from lit_diffrl.diffusion.edm import EDM, Network
 from lit_diffrl.diffusion.hooks import Project
+from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import synthesis
 from lit_diffrl.methods.agreement import refuse_other_arguments
 from lit_diffrl.methods.base import Phase, as_options
+from lit_diffrl.methods.options import WorldModelOptions
 from lit_diffrl.methods.synthesis_options import RolloutOptions, TrajectoryDenoiserOptions
 from lit_diffrl.methods.synthetic_learner import Predict, Synthesis
 from lit_diffrl.methods.world_model_phase import WorldModelPhase
 from lit_diffrl.nets.ema import EMA, half_life_decay
+from lit_diffrl.nets.ensemble import RowShares
 from lit_diffrl.nets.unet import TemporalUNet
 
 RAMP = 10_000_000  # windows after which the learning rate of lr_decay "ramp" is reached
@@ -37,7 +40,7 @@ class DynamicsModels(Synthesis, WorldModelPhase):
     """The phases ``world_model`` and ``diffusion`` of a learner, and what the models predict afterwards.
 
     Attributes:
-        denoiser: The trajectory model, and ``denoiser_ema`` its average, which is what predicts.
+        denoiser: The trajectory model, or several, and ``denoiser_ema`` the average, which is what predicts.
         window_low: Limits of states and actions that make the model scale, with ``window_high``.
         window_std: Deviation of the windows in the model scale.
     """
@@ -72,7 +75,8 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         super().build(spec)
         o, width = self.denoiser_options, spec.obs_dim + spec.action_dim
         self.build_world_model(spec)
-        self.denoiser = TemporalUNet(width, dim=o.dim, mults=o.mults, kernel=o.kernel)
+        nets = [TemporalUNet(width, dim=o.dim, mults=o.mults, kernel=o.kernel) for _ in range(o.members)]
+        self.denoiser = nets[0] if o.members == 1 else RowShares(nets)
         self.denoiser_ema = EMA(self.denoiser, every=1, start=0)
         for name, size in (("window_low", width), ("window_high", width), ("window_std", 1)):
             self.register_buffer(name, torch.zeros(size))
@@ -111,9 +115,14 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         return LimitsNormalizer(limits.low[n:], limits.high[n:]).normalize(actions)
 
     def on_fit_start(self) -> None:
-        """Refuse data without windows before any time is spent."""
+        """Refuse data without windows, or too few of them for each model, before any time is spent."""
         super().on_fit_start()
         self.data.require_windows()
+        members, rows = self.denoiser_options.members, self.data.window_batch_size
+        if self.epochs["diffusion"] and rows % members:
+            raise ConfigError(
+                f"data.window_batch_size {rows} cannot be shared by model.denoiser.members {members}; give a multiple"
+            )
 
     # ---------------------------------------------------------------- training of the models
 
@@ -142,7 +151,8 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         self.report({f"grad_norm/{phase}": norm})
 
     def _windows_per_update(self) -> int:
-        return self.data.window_batch_size * self.trainer.world_size
+        """Of each trajectory model."""
+        return self.data.window_batch_size * self.trainer.world_size // self.denoiser_options.members
 
     def _set_rate(self, optimizer: LightningOptimizer) -> None:
         """The learning rate of this place in the run."""
@@ -181,6 +191,9 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         before, now = (
             {f"denoiser.{name}": getattr(options, name) for name in names} for options in (saved, self.denoiser_options)
         )
+        world_model = as_options(WorldModelOptions(), arguments.get("world_model", {}))
+        before["world_model.reward_activation"] = world_model.reward_activation
+        now["world_model.reward_activation"] = self.world_model_options.reward_activation
         refuse_other_arguments("model", tuple(before), before, now)
 
     # ---------------------------------------------------------------- predictions
@@ -193,11 +206,17 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         """The learner's states ``(..., obs)`` in the model scale."""
         return self.state_limits.normalize(self.obs_normalizer.unnormalize(obs))
 
-    def step_model(self, x: Tensor, action: Tensor) -> Tensor:
-        """One step ``(B, obs)`` of the single-step model from states of the model scale, by an elite drawn for each."""
-        drawn = self.draws.randint(0, len(self.world_model.elite), x)
-        normal = self.draws.randn_like(x) if self.rollouts.sample_model else None
-        return self.to_model(self.world_model.step(self.to_learner(x), action, drawn, normal))
+    def step_model(self, first: Tensor) -> synthesis.Dynamics:
+        """The single-step model in the model scale, for rollouts from ``(B, obs)``: the elites as asked for."""
+        o, elites = self.rollouts, len(self.world_model.elite)
+        of_rollout = self.draws.randint(0, elites, first) if o.elite == "rollout" else None
+
+        def step(x: Tensor, action: Tensor) -> Tensor:
+            drawn = self.draws.randint(0, elites, x) if o.elite == "step" else of_rollout
+            normal = self.draws.randn_like(x) if o.sample_model else None
+            return self.to_model(self.world_model.step(self.to_learner(x), action, drawn, normal))
+
+        return step
 
     def sample_states(self, first: Tensor, actions: Tensor, start: tuple[Tensor, int] | None = None) -> Tensor:
         """Eq. 7: states of the model scale ``(B, H, obs)`` by the trajectory model.
@@ -229,8 +248,9 @@ class DynamicsModels(Synthesis, WorldModelPhase):
         """States ``(n, H, obs)`` that the single-step model makes of given actions; all in raw units."""
         units = self.action_normalizer.normalize(actions)
         states = [self.state_limits.normalize(first)]
+        step = self.step_model(states[0])
         for t in range(actions.shape[1] - 1):
-            states.append(self.step_model(states[-1], units[:, t]))
+            states.append(step(states[-1], units[:, t]))
         return self.state_limits.unnormalize(torch.stack(states, dim=1))
 
     def predict_at_once(self, first: Tensor, actions: Tensor) -> Tensor:

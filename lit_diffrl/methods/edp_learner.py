@@ -88,15 +88,6 @@ class EDP(DiffusionLearner):
         """What the policy descends: Algorithm 1's sum of cloning and improvement, each by its weight."""
         return self.diffusion_weight * diffusion + self.guide_weight * improvement
 
-    def improved_action(self, noised: Noised, obs: Tensor) -> Tensor:
-        """The action ``(B, A)`` that the critic judges: Eq. 9's, or (the ablation) one drawn with gradient."""
-        if self.action_approximation:
-            a_hat = self.policy.approximate(noised, clip=self.clip_approximation)
-            if self.reporting:
-                self.report({"clipped": (a_hat.detach().abs() >= 1).float().mean()})
-            return a_hat
-        return self.policy.sample(obs, self.draws.randn_like(noised.a_k), self.sampler, self.draws.randn_like)
-
     def finish(self) -> None:
         """After the steps of an update: averages and the counter."""
         self.policy_ema.update(self.policy)

@@ -182,6 +182,7 @@ class WorldModelOptions:
         layers: Hidden layers of the dynamics networks.
         reward_hidden: Width of the reward network.
         reward_layers: Hidden layers of the reward network.
+        reward_activation: ``silu``, ``mish`` or ``relu`` (DyDiff's code), of the reward network.
         reward_members: Reward networks.
         reward_pessimism: Standard deviations between the reward networks that predicted rewards lie below their mean.
         variance_floor: Smallest variance, in units of the data's one-step differences: bounds the gradient.
@@ -197,6 +198,7 @@ class WorldModelOptions:
     layers: int = 4
     reward_hidden: int = 256
     reward_layers: int = 2
+    reward_activation: Literal["silu", "mish", "relu"] = "silu"
     reward_members: int = 1
     reward_pessimism: float = 0.0
     variance_floor: float = 1e-3
@@ -211,6 +213,7 @@ class WorldModelOptions:
         check_range("world_model.elites", self.elites, 1, self.members)
         for name in ("hidden", "layers", "reward_hidden", "reward_layers", "reward_members", "patience"):
             check_range(f"world_model.{name}", getattr(self, name), 1)
+        check_choice("world_model.reward_activation", self.reward_activation, ("silu", "mish", "relu"))
         check_range("world_model.variance_floor", self.variance_floor, 0, low_open=True)
         check_range("world_model.lr", self.lr, 0, low_open=True)
         check_range("world_model.reward_pessimism", self.reward_pessimism, 0)

@@ -5,6 +5,7 @@ Source: Lu, Ball, Teh and Parker-Holder, "Synthetic Experience Replay", 2023, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.diffusion.edm import EDM, Churn
 from lit_diffrl.errors import check_range
+from lit_diffrl.methods.agreement import refuse_other_arguments
 from lit_diffrl.methods.base import Phase, as_options
 from lit_diffrl.methods.cql import CQL
 from lit_diffrl.methods.dql import DiffusionQL
@@ -36,7 +38,8 @@ ROW_SAMPLER = EDMSamplerOptions(steps=128)
 class SynthER(Synthesis):
     """Unconditional diffusion over rows (s, a, r, s', done); a learner then sees draws of it.
 
-    1. Phase ``diffusion``: EDM's loss on standardised rows (``done`` stays 0 or 1), AdamW with a cosine to 0.
+    1. Phase ``diffusion``: EDM's loss on standardised rows (``denoiser.scale``; ``done`` stays 0 or 1), AdamW with a
+       cosine to 0.
     2. Before the first update of phase ``policy``: ``samples.count`` rows are drawn, ``done`` being a sampled value
        above 0.5. They are kept in checkpoints: a resumed run draws none.
     3. Phase ``policy``: the learner, on ``real_ratio`` real rows (none in the paper) and synthetic ones else.
@@ -119,9 +122,12 @@ class SynthER(Synthesis):
         """Measure the scale of rows."""
         super().setup(stage)
         table = torch.cat(self.columns(self.data.transitions(torch.arange(len(self.data.table)))), dim=1).double()
+        low, high = torch.aminmax(table, dim=0)
         std, mean = torch.std_mean(table, dim=0, correction=0)
+        if self.denoiser_options.scale == "limits":
+            mean, std = (low + high) / 2, (high - low) / 2
         mean[-1], std[-1] = 0.0, 1.0 - STD_OFFSET  # done is its own scale
-        found = {"row_mean": mean, "row_std": std + STD_OFFSET, "row_low": table.amin(0), "row_high": table.amax(0)}
+        found = {"row_mean": mean, "row_std": std + STD_OFFSET, "row_low": low, "row_high": high}
         if self.models_ckpt is None:
             for name, value in found.items():
                 self.get_buffer(name).copy_(value)
@@ -148,6 +154,12 @@ class SynthER(Synthesis):
         self.denoiser_ema.update(self.denoiser)
         self.report({"loss/diffusion": loss}, prog_bar=True)
         self.report({"grad_norm/diffusion": norm})
+
+    def _refuse_other_levels(self, arguments: Mapping[str, Any]) -> None:
+        super()._refuse_other_levels(arguments)
+        saved = as_options(TransitionDenoiserOptions(), arguments.get("denoiser", {}))
+        name, now = "denoiser.scale", self.denoiser_options.scale
+        refuse_other_arguments("model", (name,), {name: saved.scale}, {name: now})
 
     # ---------------------------------------------------------------- sampling
 
@@ -181,7 +193,10 @@ class SynthER(Synthesis):
             return self.edm.denoise(self.denoiser_ema.net, x, sigma)
 
         noise = self.draws.randn_like(self.row_mean.expand(count, -1))
-        return self.sample(denoise, noise) * self.row_std + self.row_mean
+        rows = self.sample(denoise, noise)
+        # Standardised rows have no limits that a sample could be kept within.
+        rows = rows.clamp(-1, 1) if self.denoiser_options.scale == "limits" else rows
+        return rows * self.row_std + self.row_mean
 
     def bounded(self, rows: Tensor) -> Tensor:
         """Rows with what the options keep within bounds."""

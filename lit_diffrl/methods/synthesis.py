@@ -185,35 +185,22 @@ def keep_hardmax(returns: Tensor, share: float) -> Tensor:
     return (exact >= exact.quantile(1 - share)).nonzero().squeeze(1)
 
 
-def keep_softmax(
-    returns: Tensor,
-    share: float,
-    gumbel: Tensor,
-    *,
-    temperature: float = 0.05,
-    floor: float = 1e-6,
-    scale: Literal["zscore", "raw"] = "zscore",
+def filter_log_probs(
+    returns: Tensor, *, temperature: float = 0.05, floor: float = 1e-6, scale: Literal["zscore", "raw"] = "zscore"
 ) -> Tensor:
-    """Trajectories drawn without replacement, good ones more often.
+    """Logarithms ``(B,)`` float64 of the probabilities that trajectories are drawn by, good ones with higher ones.
 
     ``p = (1 - floor) softmax(z / temperature) + floor / B``, z the returns' z-scores: DyDiff's code. The paper's own
     ``softmax(R)`` is ``temperature=1, floor=0, scale="raw"``; sums over a trajectory differ by tens, so that it is
-    the maximum in effect. Drawn by Gumbel's trick on ``log p`` in float64: exactly as one after the other, where
-    ``torch.multinomial`` in float32 returns impossible ones once probabilities underflow.
+    the maximum in effect.
 
     Args:
         returns: ``(B,)``.
-        share: Proportion to keep, eta: ``int(share B)`` of them.
-        gumbel: ``(B,)`` float64 Gumbel noise, as of :func:`gumbel_noise`.
-        temperature: Low ones are greedy; but with ``floor`` only those within ``temperature ln(1 / floor)`` of the
+        temperature: Low ones are greedy; but with ``floor`` only those within ``temperature ln(B / floor)`` of the
             best stand out of it.
         floor: Share of the probability that is spread evenly.
         scale: ``zscore`` of the returns, or ``raw``.
-
-    Returns:
-        Indices, ascending.
     """
-    check_range("share to keep", share, 0, 1, low_open=True)
     check_range("temperature", temperature, 0, low_open=True)
     check_range("floor", floor, 0, 1, high_open=True)
     check_choice("scale", scale, ("zscore", "raw"))
@@ -224,7 +211,24 @@ def keep_softmax(
     if floor > 0:
         even = torch.full_like(log_p, floor / len(z))
         log_p = torch.logaddexp(log_p + math.log1p(-floor), even.log())
-    return (log_p + gumbel).topk(int(share * len(z))).indices.sort().values
+    return log_p
+
+
+def keep_softmax(log_probs: Tensor, share: float, gumbel: Tensor) -> Tensor:
+    """Trajectories drawn without replacement, by Gumbel's trick: exactly as one after the other.
+
+    In float64, where ``torch.multinomial`` in float32 returns impossible ones once probabilities underflow.
+
+    Args:
+        log_probs: ``(B,)`` float64, as of :func:`filter_log_probs`.
+        share: Proportion to keep, eta: ``int(share B)`` of them.
+        gumbel: ``(..., B)`` float64 Gumbel noise, as of :func:`gumbel_noise`.
+
+    Returns:
+        Indices ``(..., int(share B))``, ascending.
+    """
+    check_range("share to keep", share, 0, 1, low_open=True)
+    return (log_probs + gumbel).topk(int(share * len(log_probs))).indices.sort().values
 
 
 def gumbel_noise(normal: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class TrajectoryDenoiserOptions:
     """DyDiff's trajectory model: a temporal U-Net, and how it is trained.
 
     Args:
+        members: Trajectory models, of which each rollout has one. Each learns from its share of every batch, so that
+            ``data.window_batch_size`` should be so many times as large.
         dim: Base width; DyDiff's 128.
         mults: Widths of its levels in units of ``dim``; DyDiff's 1, 4, 8.
         kernel: Odd size of the convolutions.
@@ -48,6 +50,7 @@ class TrajectoryDenoiserOptions:
         grad_clip: Largest norm of the gradient; null for no limit.
     """
 
+    members: int = 1
     dim: int = 64
     mults: tuple[int, ...] = (1, 2, 4)
     kernel: int = 5
@@ -61,6 +64,7 @@ class TrajectoryDenoiserOptions:
     grad_clip: float | None = 1.0
 
     def __post_init__(self) -> None:
+        check_range("denoiser.members", self.members, 1)
         check_range("denoiser.dim", self.dim, 8)
         check_each("denoiser.mults", self.mults, 1)
         check_range("denoiser.kernel", self.kernel, 1)
@@ -83,6 +87,8 @@ class TransitionDenoiserOptions:
         width: Width of the residual blocks; 1024 or 2048 by dataset.
         depth: Residual blocks.
         embed: Width in which data and noise level are added.
+        scale: Of the rows but for their end: ``gaussian``, mean 0 and deviation 1, or ``limits``, from -1 to 1 over the
+            data, within which samples are kept then.
         lr: Learning rate of AdamW, which falls to 0 over the phase as a cosine.
         ema_decay: Share of the old average that an averaging keeps.
         ema_every: Updates between two averagings.
@@ -92,6 +98,7 @@ class TransitionDenoiserOptions:
     width: int = 1024
     depth: int = 6
     embed: int = 128
+    scale: Literal["gaussian", "limits"] = "gaussian"
     lr: float = 3e-4
     ema_decay: float = 0.995
     ema_every: int = 10
@@ -100,6 +107,7 @@ class TransitionDenoiserOptions:
     def __post_init__(self) -> None:
         for name in ("width", "depth", "embed", "ema_every"):
             check_range(f"denoiser.{name}", getattr(self, name), 1)
+        check_choice("denoiser.scale", self.scale, ("gaussian", "limits"))
         check_range("denoiser.ema_decay", self.ema_decay, 0, 1, high_open=True)
         check_range("denoiser.lr", self.lr, 0, low_open=True, high_open=True)
         if self.grad_clip is not None:
@@ -123,6 +131,8 @@ class RolloutOptions:
             sample and the actions that it was given.
         sample_policy: Draw actions from a Gaussian policy, instead of its mean; diffusion policies always draw.
         sample_model: Draw single steps from the model's Gaussian, instead of its mean.
+        elite: Which member of the ensemble makes a single step: one drawn for every ``step`` of every rollout, one for
+            each whole ``rollout``, or the ``mixture`` of all elites, by its mean and variance.
         warm_start: Noise level, by its index, to which rounds after the first noise the trajectory model's last sample,
             instead of beginning with noise alone; null for none.
         chunk: Start states denoised at once, over all processes.
@@ -148,6 +158,7 @@ class RolloutOptions:
     emit: Literal["policy", "dynamics"] = "policy"
     sample_policy: bool = False
     sample_model: bool = False
+    elite: Literal["step", "rollout", "mixture"] = "step"
     warm_start: int | None = None
     chunk: int = 256
     filter: Literal["softmax", "hardmax", "none"] = "softmax"
@@ -166,6 +177,7 @@ class RolloutOptions:
             check_range(f"rollouts.{name}", getattr(self, name), 0)
         check_choice("rollouts.start_states", self.start_states, ("transitions", "non_terminal", "initial"))
         check_choice("rollouts.emit", self.emit, ("policy", "dynamics"))
+        check_choice("rollouts.elite", self.elite, ("step", "rollout", "mixture"))
         check_choice("rollouts.filter", self.filter, ("softmax", "hardmax", "none"))
         check_choice("rollouts.returns", self.returns, ("until_done", "all"))
         check_range("rollouts.damping", self.damping, 0, 1, low_open=True)

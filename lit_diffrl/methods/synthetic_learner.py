@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,9 @@ from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.diffusion.edm import EDM, Churn, DenoiseLevel, sample_edm_multistep, sample_heun
 from lit_diffrl.diffusion.hooks import Project
 from lit_diffrl.errors import ConfigError, check_range
-from lit_diffrl.methods.agreement import refuse_other_arguments, refuse_other_data, refuse_other_shapes
-from lit_diffrl.methods.base import CHECKPOINT_KEY, Phase, as_options
-from lit_diffrl.methods.loading import read_checkpoint
+from lit_diffrl.methods.base import Phase
+from lit_diffrl.methods.lent_models import LentModels
 from lit_diffrl.methods.losses import td_target
-from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.synthesis_options import EDMSamplerOptions
 from lit_diffrl.seeding import Place
 
@@ -34,7 +31,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 SYNTHETIC = "lit_diffrl_synthetic"  # where a checkpoint holds the synthetic transitions
 
 
-class Synthesis(OfflineLearner):
+class Synthesis(LentModels):
     """Comes before a learner among the bases of a class, and leaves the learner's own code as it is.
 
     The phases of the models come first. In the learner's phase ``policy`` each batch is mixed: its first
@@ -42,12 +39,8 @@ class Synthesis(OfflineLearner):
 
     Attributes:
         buffer: The synthetic transitions.
-        models: Names of the modules and buffers that the own phases train.
     """
 
-    models: tuple[str, ...]
-    models_data: tuple[str, ...] = ()  # arguments of the data module that they cannot be lent across
-    edm: EDM
     churn: Churn
     edm_sampler: EDMSamplerOptions
     real_ratio: float
@@ -221,12 +214,6 @@ class Synthesis(OfflineLearner):
         for logger in self.loggers:
             logger.log_metrics(dict(values), step=self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    @property
-    def data(self) -> TrajectoryData:
-        """The data module."""
-        found: TrajectoryData = self.trainer.datamodule  # type: ignore[attr-defined]
-        return found
-
     def chunks(self, count: int, chunk: int) -> list[Tensor]:
         """Split rows that are drawn for all processes into parts; of each, one entry for every own row."""
         world = self.draws.place.world_size
@@ -276,50 +263,6 @@ class Synthesis(OfflineLearner):
             kind = type(self.trainer.datamodule).__name__  # type: ignore[attr-defined]
             raise ConfigError(f"{type(self).__name__} needs --data TrajectoryData, got {kind}")
         super().setup(stage)
-
-    def load_models(self, path: str | Path) -> None:
-        """Take the models of another run, of whatever learner.
-
-        Args:
-            path: Its checkpoint, of the learner's phase.
-
-        Raises:
-            ConfigError: When it has no such models, or they belong to other data or options.
-        """
-        content = read_checkpoint(path)
-        own = content[CHECKPOINT_KEY]
-        state = {k: v for k, v in content["state_dict"].items() if k.partition(".")[0] in self.models}
-        wanted = {k: v for k, v in self.state_dict().items() if k.partition(".")[0] in self.models}
-        if not state:
-            raise ConfigError(f"model.models_ckpt {path} is of {own['method']}, which has none of {self.models}")
-        try:
-            self._refuse_other_models(content, state, wanted)
-        except ConfigError as error:
-            raise ConfigError(f"model.models_ckpt {path}: {error}") from error
-        done = content.get("epoch", -1) + 1
-        needed = sum(epochs for name, epochs in own["phases"] if name != "policy")
-        if done <= needed:
-            raise ConfigError(
-                f"model.models_ckpt {path} has {done} epochs, and its models learn until epoch {needed}; give a "
-                "checkpoint of its policy's phase"
-            )
-        self.load_state_dict(state, strict=False)
-
-    def _refuse_other_models(
-        self, content: Mapping[str, Any], state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-    ) -> None:
-        assert self.spec is not None
-        refuse_other_data(DatasetSpec.from_dict(content[CHECKPOINT_KEY]["spec"]), self.spec)
-        refuse_other_shapes(state, wanted)
-        self._refuse_other_levels(content["hyper_parameters"])
-        saved = content.get("datamodule_hyper_parameters", {})
-        refuse_other_arguments("data", self.models_data, saved, self.data.hparams)
-
-    def _refuse_other_levels(self, arguments: Mapping[str, Any]) -> None:
-        saved = as_options(EDM(), arguments.get("edm", {}))
-        refuse_other_arguments(
-            "model", ("edm.sigma_data",), {"edm.sigma_data": saved.sigma_data}, {"edm.sigma_data": self.edm.sigma_data}
-        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the synthetic transitions too: they come from policies that are no more."""

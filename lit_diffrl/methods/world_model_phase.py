@@ -47,6 +47,7 @@ class WorldModelPhase(Method):
             layers=o.layers,
             reward_hidden=o.reward_hidden,
             reward_layers=o.reward_layers,
+            reward_activation=o.reward_activation,
             reward_members=o.reward_members,
             reward_pessimism=o.reward_pessimism,
             variance_floor=o.variance_floor,

@@ -55,10 +55,11 @@ class EMA(nn.Module):
         check_range("EMA start", start, 0)
         check_range("EMA offset", offset, 0, every - 1)
         self.decay, self.every, self.start, self.offset, self.hold = decay, every, start, offset, hold
-        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self.net = copy.deepcopy(net).requires_grad_(False)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self._steps = 0  # the same number on the host: reading the buffer would wait for the device
         self.register_load_state_dict_post_hook(_read_count)
+        self.eval()
 
     def train(self, mode: bool = True) -> EMA:
         """Stay in evaluation mode."""

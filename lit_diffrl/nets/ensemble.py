@@ -196,3 +196,27 @@ class BestWeights(nn.Module):
 
 def _flat(name: str) -> str:
     return "best_" + name.replace(".", "_")  # buffer names may not hold dots
+
+
+class RowShares(nn.ModuleList):
+    """Several networks of which each sees its share of a batch's rows, and no others: row i goes to ``i mod M``.
+
+    Rows that are drawn at random are so given to a network at random, and keep it from call to call.
+    """
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """What the networks make of their rows.
+
+        Args:
+            x: ``(B, ...)``.
+            level: ``(B,)``, or ``(1,)`` for all rows.
+
+        Returns:
+            Like ``x``.
+        """
+        nets, m = list(self)[: len(x)], len(self)
+        parts = [net(x[i::m], level[i::m] if len(level) > 1 else level) for i, net in enumerate(nets)]
+        out = torch.empty_like(x, dtype=parts[0].dtype)
+        for i, part in enumerate(parts):
+            out[i::m] = part
+        return out

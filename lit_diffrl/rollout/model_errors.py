@@ -32,7 +32,8 @@ Terminal = Callable[[Tensor], Tensor]
 
 DATASET, START = "recorded states", "first state"
 HORIZONS = (1, 5, 10, 20, 50, 99)
-FLOOR = 1e-6  # of the figure
+FLOOR = 1e-6  # of the figure: errors that are none
+SHOWN = 1e-3  # how far below a model's typical error the figure goes on
 
 
 @dataclass(frozen=True)
@@ -191,16 +192,28 @@ def errors_figure(errors: ModelErrors, title: str) -> Figure:
     """Draw errors against the horizon, means as lines and medians dashed; not registered with pyplot."""
     from matplotlib.figure import Figure
 
+    floor = figure_floor(errors)
     figure = Figure(figsize=(6.4, 4.2), facecolor="white", layout="constrained")
     axis = figure.subplots()
     for i, (name, mean) in enumerate(errors.mean.items()):
         style: dict[str, Any] = {"color": {START: "#9aa1ad", DATASET: INK}.get(name, f"C{i}")}
         steps = np.arange(1, len(mean))
-        below = " (below)" if np.nanmax(mean) < FLOOR else ""
+        below = " (below)" if np.nanmax(mean[1:]) < floor else ""
         axis.plot(steps, mean[1:], label=name + below, **style)
         axis.plot(steps, errors.median[name][1:], linestyle="--", linewidth=0.9, **style)
-    axis.set(yscale="log", ylim=(FLOOR, None), xlabel="horizon in steps", ylabel="squared error in deviations²")
+    axis.set(yscale="log", ylim=(floor, None), xlabel="horizon in steps", ylabel="squared error in deviations²")
     axis.set_title(f"{title} · {errors.rows[0]} starts, mean (line) and median (dashed)", fontsize=9, color=INK)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8)
     return figure
+
+
+def figure_floor(errors: ModelErrors) -> float:
+    """Where the figure's axis begins: at the least error, but not where one that is next to none flattens the rest.
+
+    A model's first step may be all but exact, and the recorded states are, wherever the simulator repeats its data.
+    """
+    typical = [np.nanmedian(mean[1:]) for name, mean in errors.mean.items() if name != DATASET]
+    lowest = max(FLOOR, SHOWN * min((x for x in typical if x > FLOOR), default=FLOOR))
+    drawn = np.concatenate([curve[1:] for curves in (errors.mean, errors.median) for curve in curves.values()])
+    return float(0.8 * np.min(drawn[drawn > lowest], initial=np.inf)) if (drawn > lowest).any() else FLOOR

@@ -10,6 +10,7 @@ import torch
 from small_learners import ACTION, at_each_step, bandit, batch, built, fit, small
 from torch import Tensor, nn
 
+from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import CQL
 
 N = 10
@@ -218,3 +219,52 @@ def test_actions_without_data_are_worth_less_the_larger_alpha() -> None:
         q = method.least_q(torch.zeros(1, 2), torch.tensor([[[0.5], [0.0], [-0.95]]]))[0].tolist()
         gaps.append(q[0] - max(q[1:]))
     assert gaps[1] > gaps[0] + 0.3
+
+
+def test_the_critics_learn_from_the_policy_before_or_after_its_step() -> None:
+    for first in (False, True):
+        method, data = built(CQL, policy_first=first, lr=0.1), batch()
+        old, seen, drawn = [p.clone() for p in method.actor.parameters()], [], []
+        at_each_step(method, lambda name, loss, seen=seen: seen.append(name))  # type: ignore[misc]
+        lessons = method.lessons
+
+        def watched(batch: Any, policy: Any, noise: Tensor, lessons: Any = lessons, method: Any = method) -> Any:
+            stepped = not all(torch.equal(p, q) for p, q in zip(method.actor.parameters(), old))  # noqa: B023
+            drawn.append((stepped, torch.equal(policy[0], method.actor(batch.obs)[0])))  # noqa: B023
+            return lessons(batch, policy, noise)
+
+        method.lessons = watched
+        method.training_step(data, 0)
+        assert drawn == [(first, True)] and seen == ["actor", "critic"]
+
+
+def test_what_the_policy_descends_does_not_depend_on_when_the_critics_draw() -> None:
+    losses: list[dict[str, float]] = []
+    for first in (False, True):
+        method = built(CQL, policy_first=first, lr=0.1)
+        losses.append({})
+        at_each_step(method, lambda name, loss: losses[-1].update({name: float(loss)}))
+        method.training_step(batch(), 0)
+    before, after = losses
+    assert before["actor"] == after["actor"] and before["critic"] != after["critic"]
+
+
+@pytest.mark.parametrize(("target", "low", "high"), [(-100.0, -0.02, None), (100.0, None, 0.03), (100.0, -10.0, 0.5)])
+def test_the_temperature_stays_within_its_limits_and_comes_back(
+    target: float, low: float | None, high: float | None
+) -> None:
+    method = built(CQL, target_entropy=target, entropy_log_low=low, entropy_log_high=high, lr=0.2)
+    limit = low if target < 0 else high
+    for _ in range(4):
+        method.training_step(batch(), 0)
+    log = method.entropy_temperature.log
+    assert float(log) == pytest.approx(limit)
+    method.entropy = -target
+    for _ in range(12):  # Adam's momentum has to turn round first
+        method.training_step(batch(), 0)
+    assert (float(log) - limit) * target < 0, "it is held at the limit"
+
+
+def test_limits_of_the_temperature_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.entropy_log_high must be in \[1"):
+        CQL(entropy_log_low=1.0, entropy_log_high=0.5)

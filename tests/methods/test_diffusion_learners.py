@@ -231,6 +231,28 @@ def test_an_action_that_is_not_clipped_is_eq_9s() -> None:
     assert float(built(EDPTD3).improved_action(noised, torch.zeros(4, 2)).max()) == 1 < 1 / signal
 
 
+def test_diffusion_ql_improves_a_drawn_action_or_the_one_that_cloning_implies() -> None:
+    for approximate in (False, True):
+        method = built(DiffusionQL, action_approximation=approximate)
+        calls: list[int] = []
+        method.policy.net.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        asked: list[torch.Tensor] = []
+        critic = method.critic.forward
+        method.critic.forward = lambda obs, action, **k: asked.append(action) or critic(obs, action, **k)  # noqa: B023
+        given = method.policy.net.given
+        method.policy.net.given = lambda *args: calls.append(10) or given(*args)  # noqa: B023
+        method.draws.begin(method.draws.place, torch.device("cpu"))
+        data = batch()
+        losses = method.policy_loss(data)
+        assert calls == ([1] if approximate else [1, 10]), "one call of the network in all, or a chain as well"
+        method.draws.begin(method.draws.place, torch.device("cpu"))
+        noised = method.policy.noised(data.action, data.obs, method.draws)
+        implied = method.policy.approximate(noised)
+        assert torch.equal(asked[0], implied) == approximate and float(asked[0].abs().max()) <= 1
+        losses["q"].backward()
+        assert any(p.grad is not None and p.grad.any() for p in method.policy.parameters())
+
+
 def test_max_q_backup_takes_the_best_of_several_actions() -> None:
     one, many = built(DiffusionQL), built(DiffusionQL, critic={"hidden": 32, "backup_candidates": 20})
     obs = torch.zeros(200, 2)

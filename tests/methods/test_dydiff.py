@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from printed import digits
 from short_runs import ROOT, Config, curves
 from torch import Tensor
 
@@ -17,9 +19,9 @@ from lit_diffrl.data.episodes import Episodes
 from lit_diffrl.data.replay_buffer import ReplayBuffer
 from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.methods import DyDiffCQL, DyDiffDQL, DyDiffIQL, DyDiffTD3BC, Method, dydiff
+from lit_diffrl.methods import DyDiffCQL, DyDiffIQL, DyDiffTD3BC, Method, dydiff
 from lit_diffrl.methods.dydiff import DyDiff, Rollouts
-from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES, SYNTHETIC
+from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES, SYNTHETIC, Synthesis
 from lit_diffrl.methods.termination import Termination
 from lit_diffrl.methods.world_model import WorldModel
 from lit_diffrl.seeding import Place
@@ -90,33 +92,67 @@ def test_the_trajectory_model_is_asked_once_in_each_round(
 
 
 def test_without_corrections_a_rollout_is_the_single_step_models(data: TrajectoryData) -> None:
+    """To the bit: each state by an elite drawn for it, within the data's limits, and the policy's action there."""
     method = built(data, rollouts={"corrections": 0})
     with torch.no_grad():
         made = method.roll_out(states(data), H)
         method.draws.begin(Place(0, 0), torch.device("cpu"))
-        x, limits = states(data), method.state_limits
+        x = states(data)
         for t in range(H):
-            x = method.obs_normalizer.normalize(
-                limits.unnormalize(limits.normalize(method.obs_normalizer.unnormalize(x)))
-            )
-            torch.testing.assert_close(made.states[:, t], x, rtol=1e-4, atol=1e-4)
+            within = method.to_model(x)
+            x = method.to_learner(within)
             action = method.actor(x)
-            torch.testing.assert_close(made.actions[:, t], action, rtol=1e-4, atol=1e-4)
+            assert torch.equal(made.states[:, t], x) and torch.equal(made.actions[:, t], action)
             x = method.world_model.step(x, action, method.draws.randint(0, 2, x))
     assert float(made.gap.max()) == 0
 
 
-@pytest.mark.parametrize("kind", [DyDiffTD3BC, DyDiffCQL])
-def test_emitted_actions_are_the_policys_in_the_emitted_states(data: TrajectoryData, kind: type[Any]) -> None:
-    method = built(data, kind, rollouts={"corrections": 2})
+@pytest.mark.parametrize("elite", ["step", "rollout", "mixture"])
+@pytest.mark.parametrize("noise", [False, True])
+def test_steps_are_by_an_elite_drawn_for_each_or_for_the_rollout_or_by_all(
+    data: TrajectoryData, elite: str, noise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor | None] = []
+    step = WorldModel.step
+
+    def watched(self: WorldModel, obs: Tensor, action: Tensor, chosen: Any, normal: Any = None) -> Tensor:
+        drawn.append(chosen)
+        found = step(self, obs, action, chosen, normal)
+        mean, var = self.mean_var(obs, action)
+        assert (normal is not None) == noise
+        if chosen is None:
+            torch.testing.assert_close(found, mean if normal is None else mean + var.sqrt() * normal)
+        return found
+
+    monkeypatch.setattr(WorldModel, "step", watched)
+    method = built(data, rollouts={"corrections": 0, "elite": elite, "sample_model": noise})
     with torch.no_grad():
-        made = method.roll_out(states(data), H)
+        method.roll_out(states(data, 64), H)
+    assert len(drawn) == H - 1
+    if elite == "mixture":
+        assert all(chosen is None for chosen in drawn)
+        return
+    table = torch.stack([chosen for chosen in drawn if chosen is not None])
+    assert table.shape == (H - 1, 64) and set(table.unique().tolist()) == {0, 1}
+    assert bool((table == table[0]).all()) == (elite == "rollout")
+
+
+@pytest.mark.parametrize("kind", [DyDiffTD3BC, DyDiffCQL])
+@pytest.mark.parametrize("corrections", [0, 2])
+def test_emitted_actions_are_the_policys_in_the_emitted_states(
+    data: TrajectoryData, kind: type[Any], corrections: int
+) -> None:
+    method = built(data, kind, rollouts={"corrections": corrections})
+    start = states(data)
+    with torch.no_grad():
+        made = method.roll_out(start, H)
         action = method.propose(made.states.flatten(0, 1)).view_as(made.actions)
-    torch.testing.assert_close(made.actions, action, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(made.states[:, 0], states(data), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.actions, action, rtol=1e-6, atol=1e-6)
+    assert torch.equal(made.states[:, 0], method.to_learner(method.to_model(start))), "through the scales and back"
+    torch.testing.assert_close(made.states[:, 0], start, rtol=1e-5, atol=1e-5)
     low = method.obs_normalizer.normalize(data.limits.low[:OBS])
     assert bool((made.states >= low - 1e-4).all()), "states stay within the data's limits"
-    assert float(made.gap.min()) > 0
+    assert (float(made.gap.min()) > 0) == (corrections > 0)
 
 
 def test_dynamics_consistent_rollouts_hold_the_models_sample_and_its_actions(
@@ -154,16 +190,6 @@ def test_a_warm_start_begins_at_its_level_with_the_sample_before(
     assert begun[0] is None and begun[1][1] == 2 and begun[1][0].shape == (8, H, OBS + ACTION)
     with pytest.raises(ConfigError, match="rollouts.warm_start"):
         built(data, rollouts={"warm_start": 4})
-
-
-def test_a_rollout_changes_nothing_of_the_policy(data: TrajectoryData) -> None:
-    method = built(data, DyDiffDQL, n_diffusion_steps=3).train()
-    before = {name: x.clone() for name, x in method.state_dict().items()}
-    modes = [module.training for module in method.modules()]
-    with torch.no_grad():
-        method.roll_out(states(data), H)
-    assert all(torch.equal(x, before[name]) for name, x in method.state_dict().items())
-    assert [module.training for module in method.modules()] == modes
 
 
 def test_a_policy_may_be_drawn_from_in_rollouts(data: TrajectoryData) -> None:
@@ -218,6 +244,27 @@ def test_rewards_and_disagreement_do_not_depend_on_the_parts_they_are_computed_i
         torch.testing.assert_close(part, whole)
 
 
+def test_each_rollout_is_made_by_one_of_several_trajectory_models(data: TrajectoryData) -> None:
+    """The others' weights do not matter to it, in any round; and each learns from its share of a batch."""
+    method = built(data, denoiser={**SMALL["denoiser"], "members": 3}, rollouts={"corrections": 2})
+    found = []
+    for silent in (None, 1):
+        if silent is not None:
+            for parameter in method.denoiser_ema.net[silent].parameters():
+                parameter.data.zero_()
+        method.draws.begin(Place(0, 0), torch.device("cpu"))
+        with torch.no_grad():
+            found.append(method.roll_out(states(data), H).states)
+    changed = (found[0] != found[1]).flatten(1).any(1)
+    assert changed.tolist() == [i % 3 == 1 for i in range(8)]
+    method.train()
+    batch = data.windows(torch.arange(6), H)
+    batch.mask[2::3] = False
+    method.diffusion_loss(batch).backward()
+    learns = [any(p.grad is not None and p.grad.any() for p in net.parameters()) for net in method.denoiser]
+    assert learns == [True, True, False]
+
+
 # ---------------------------------------------------------------- losses
 
 
@@ -268,6 +315,25 @@ def test_the_measured_deviation_takes_the_place_of_sigma_data(data: TrajectoryDa
     method = built(data, denoiser={**SMALL["denoiser"], "measure_sigma_data": True})
     method.window_std.fill_(0.3)
     assert method.levels.sigma_data == pytest.approx(0.3) and built(data).levels.sigma_data == 0.5
+
+
+def test_average_and_rate_of_the_trajectory_model_follow_the_windows_seen(
+    data: TrajectoryData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle 23, in batches of 8; and the rate that only grows, 3e-4 and 4e-4 after 3 and 4 million."""
+    monkeypatch.setattr(DyDiff, "_windows_per_update", lambda self: 8)
+    monkeypatch.setattr(DyDiff, "descend", lambda *args: torch.zeros(()))
+    method = built(data, denoiser={**SMALL["denoiser"], "lr_decay": "ramp", "lr": 1e-3}).train()
+    batch, optimizer = data.windows(torch.arange(2), H), SimpleNamespace(param_groups=[{"lr": 0.0}])
+    for seen, kept in ((100_000, "0.998892"), (1_000_000, "0.999889"), (3_000_000, None), (4_000_000, "0.999972")):
+        with torch.no_grad():
+            for mine, new in zip(method.denoiser_ema.net.parameters(), method.denoiser.parameters()):
+                mine.fill_(1.0), new.fill_(0.0)
+        method.denoiser_ema._steps = seen // 8 - 1
+        method.model_step("diffusion", optimizer, batch)
+        (average,) = {float(x) for p in method.denoiser_ema.net.parameters() for x in p.unique()}
+        assert kept is None or average == digits(kept)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * seen / 10_000_000)
 
 
 # ---------------------------------------------------------------- mixed batches (oracles 14 and 25)
@@ -355,6 +421,31 @@ def test_with_real_data_alone_the_learner_is_the_plain_one_bit_for_bit(
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.parametrize("name", ["dydiff_td3bc", "dydiff_cql", "dydiff_dql", "synther"])
+def test_synthesis_changes_nothing_of_the_learner(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Oracle 24: no weight, no gradient, no mode of a network."""
+    start, filled = Synthesis.on_train_epoch_start, []
+
+    def look(method: Any) -> dict[str, Any]:
+        own = {k: x.clone() for k, x in method.state_dict().items() if k.partition(".")[0] not in method.models}
+        gradients = {k: None if p.grad is None else p.grad.clone() for k, p in method.named_parameters()}
+        return {"weights": own, "gradients": gradients, "modes": {k: m.training for k, m in method.named_modules()}}
+
+    def watched(self: Synthesis) -> None:
+        before, rows = look(self), len(self.buffer)
+        start(self)
+        filled.append(len(self.buffer) > rows)
+        after = look(self)
+        assert after["modes"] == before["modes"]
+        for part in ("weights", "gradients"):
+            for k, x in before[part].items():
+                assert after[part][k] is None if x is None else torch.equal(after[part][k], x), k
+
+    monkeypatch.setattr(Synthesis, "on_train_epoch_start", watched)
+    config(name, epochs=3).fit("a")  # with a refresh at every second
+    assert filled[-3:] == [True, False, name != "synther"]
+
+
 def test_rollouts_are_made_in_the_precision_of_the_updates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[bool] = set()
     sample = DyDiff.sample_states
@@ -430,6 +521,7 @@ def test_models_of_one_learner_serve_another(folder: Path, capsys: pytest.Captur
         (untrained, [], "has a diffusion model that never learned"),
         (last, ["--model.edm.sigma_data=1"], "edm.sigma_data: checkpoint 0.5, now 1.0"),
         (last, ["--model.denoiser.dim=16"], "networks differ"),
+        (last, ["--model.world_model.reward_activation=relu"], "reward_activation: checkpoint 'silu', now 'relu'"),
         (last, ["--data.reward=minmax"], f"model.models_ckpt {last}: the checkpoint was trained on other data"),
         (last, ["--data.horizon=24"], "data.horizon: checkpoint 32, now 24"),
         (last, ["--model.denoiser.measure_sigma_data=true"], "denoiser.measure_sigma_data: checkpoint False, now True"),
@@ -481,6 +573,7 @@ def test_a_gpu_goes_on_with_its_rollouts(folder: Path) -> None:
     [
         ("--data TransitionData --data.dataset lit_diffrl/pointmaze/umaze-dense-v0", "needs --data TrajectoryData"),
         ("--data.horizon null", "data.horizon is null"),
+        ("--model.denoiser.members 3", "data.window_batch_size 2 cannot be shared by model.denoiser.members 3"),
         ("--model.real_ratio 1.5", "model.real_ratio must be in [0, 1], got 1.5"),
         ("--model.rollouts.emit dynamics --model.rollouts.corrections 0", "rollouts.emit 'dynamics'"),
         ("--model.rollouts.filter best", "one of softmax, hardmax, none"),

@@ -98,6 +98,24 @@ def test_the_scale_is_the_rows_own_and_done_keeps_its(folder: Path) -> None:
     assert float(state["row_mean"][-1]) == 0 and float(state["row_std"][-1]) == 1
 
 
+def test_rows_within_limits_are_scaled_by_them_and_samples_stay_within(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--model.denoiser.scale=limits", "--model.samples.clip_actions=false", "--model.diffusion_epochs=1"]
+    content = config().fit("a", *more, "--model.real_ratio=0")
+    state, rows = content["state_dict"], content[SYNTHETIC]["rows"]
+    for sign, limit in ((-1, "row_low"), (1, "row_high")):
+        end = state["row_mean"] + sign * state["row_std"]
+        torch.testing.assert_close(end[:-1], state[limit][:-1], rtol=1e-4, atol=1e-4)
+    assert float(state["row_mean"][-1]) == 0 and float(state["row_std"][-1]) == 1
+    within = (rows >= state["row_low"] - 1e-4) & (rows <= state["row_high"] + 1e-4)
+    assert bool(within[:, :-1].all()), "an untrained denoiser's draws are far out"
+    (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    capsys.readouterr()
+    assert main(["fit", *config().options, "--run", "b", "--model.models_ckpt", str(last)]) == 2
+    assert "denoiser.scale: checkpoint 'limits', now 'gaussian'" in capsys.readouterr().err
+
+
 def test_fewer_rows_than_a_batch_takes_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They would never be used, and the learner be the plain one."""
     assert main(["fit", *config().options, "--data.batch_size=200"]) == 2

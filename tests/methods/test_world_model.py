@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from printed import digits
 from torch import Tensor, nn
 
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods.world_model import WorldModel
-from lit_diffrl.nets.ensemble import BestWeights, EnsembleMLP, GaussianEnsemble
+from lit_diffrl.nets.ensemble import BestWeights, EnsembleMLP, GaussianEnsemble, RowShares
 from lit_diffrl.nets.mlp import MLP
 
 OBS, ACTION = 3, 2
@@ -62,16 +63,51 @@ def test_batched_members_equal_a_loop_over_single_networks() -> None:
         torch.testing.assert_close(net(x[0], torch.tensor([member]))[0], single(x[0]))
 
 
-def test_initial_weights_follow_the_input_width() -> None:
-    torch.manual_seed(0)
-    net = EnsembleMLP(7, [200, 200, 200, 200, 200, 1])
-    for layer in net.layers[:-1]:
-        assert float(layer.weight.detach().abs().max()) == pytest.approx(200**-0.5, rel=0.01)
-    x = torch.randn(512, 200)
-    for layer in net.layers[:-1]:
+def spreads(net: EnsembleMLP) -> list[float]:
+    """Deviation over inputs of what each layer gives, its activation not yet applied."""
+    x, found = torch.randn(512, 14), []
+    for layer in net.layers:
         x = layer(x)
-        assert float(x.std(-2).mean()) > 1e-2
+        found.append(float(x.std(-2).mean().detach()))
         x = net.activation(x)
+    return found
+
+
+def test_initial_weights_follow_the_input_width() -> None:
+    """Oracle 17, and what the fault of the authors' code would do: a fan-in of 40,000, read off the 3-D weight."""
+    torch.manual_seed(0)
+    net = EnsembleMLP(7, [14, 200, 200, 200, 200, 22])
+    for layer in net.layers[1:]:
+        bound = float(layer.weight.detach().abs().max())
+        assert bound == pytest.approx(200**-0.5, rel=0.01) and bound == digits("0.0707")
+    assert min(spreads(net)[:-1]) > 1e-2
+    for layer in net.layers:
+        for weight in layer.parameters():
+            weight.detach().div_(layer.weight.shape[2] ** 0.5)
+    assert float(net.layers[1].weight.detach().abs().max()) == digits("0.005")
+    assert spreads(net) == [pytest.approx(x, rel=0.25) for x in (4e-2, 8e-4, 1.7e-5, 3e-7, 2e-8)]
+
+
+def test_rows_are_shared_out_between_networks() -> None:
+    nets = [nn.Linear(3, 3) for _ in range(3)]
+    shares = RowShares([Levelled(net) for net in nets])
+    x, level = torch.randn(7, 3), torch.randn(7)
+    expected = torch.stack([nets[i % 3](x[i]) + level[i] for i in range(7)])
+    torch.testing.assert_close(shares(x, level), expected)
+    torch.testing.assert_close(shares(x, level[:1]), shares(x, level[:1].expand(7)))
+    assert shares(x[:2], level[:2]).shape == (2, 3), "fewer rows than networks"
+
+
+class Levelled(nn.Module):
+    """A network whose output is moved by the level of each row."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        out: Tensor = self.net(x) + level[:, None]
+        return out
 
 
 def test_members_share_nothing() -> None:
@@ -96,19 +132,20 @@ def test_members_share_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "bounded"), [(0, -0.474004), (-5, -4.997336), (-20, -9.999955), (3, 0.421140), (50, 0.500028)]
+    ("raw", "bounded"), [(0, "-0.474004"), (-5, "-4.997336"), (-20, "-9.999955"), (3, "0.421140"), (50, "0.500028")]
 )
-def test_log_variance_bounds(raw: float, bounded: float) -> None:
-    net = GaussianEnsemble(1, [1, 1])
+def test_log_variance_bounds(raw: float, bounded: str) -> None:
+    """Oracle 16."""
+    net = GaussianEnsemble(1, [1, 1]).double()
     with torch.no_grad():
         net.net.layers[0].weight.zero_()
         net.net.layers[0].bias.fill_(raw)
-    _, logvar = net(torch.zeros(1, 1))
-    assert float(logvar.detach()) == pytest.approx(bounded, abs=2e-6)
+    _, logvar = net(torch.zeros(1, 1, dtype=torch.float64))
+    assert logvar.item() == digits(bounded)
     logvar.sum().backward()
     assert net.logvar_high.grad is not None and net.logvar_low.grad is not None
     assert float(net.logvar_low.grad) > 0
-    assert raw == -20 or float(net.logvar_high.grad) > 0, "far below, the upper bound is out of reach"
+    assert raw == -20 or float(net.logvar_high.grad) > 0, "far below, torch's softplus is a line"
 
 
 # ------------------------------------------------------------------ training
@@ -116,16 +153,15 @@ def test_log_variance_bounds(raw: float, bounded: float) -> None:
 
 @pytest.mark.parametrize(
     ("error", "logvar", "loss"),
-    [(1.0, 0.0, 1.0), (1.0, math.log(2), 1.193147), (0.1, -2.0, -1.926109), (0.0, 0.0, 0.0)],
+    [(1.0, 0.0, "1.000000"), (1.0, math.log(2), "1.193147"), (0.1, -2.0, "-1.926109"), (0.0, 0.0, "0.000000")],
 )
-def test_transition_loss_values(error: float, logvar: float, loss: float) -> None:
+def test_transition_loss_values(error: float, logvar: float, loss: str) -> None:
+    """Oracle 15."""
     model = linear_model(A, B, std=math.exp(logvar / 2) * torch.tensor([0.5, 1.0, 2.0]))
     model.logvar_penalty = 0.0
     obs, action, _ = (x.double() for x in transitions(3, 8))
     next_obs = obs @ A.T + action @ B.T + error * model.delta_std
-    torch.testing.assert_close(
-        model.transition_loss(obs, action, next_obs), torch.full((3,), loss, dtype=torch.float64), atol=1e-6, rtol=0
-    )
+    assert model.transition_loss(obs, action, next_obs).tolist() == [digits(loss)] * 3
 
 
 def test_each_member_sees_its_own_batch() -> None:
@@ -450,6 +486,15 @@ def test_samples_come_from_random_elites() -> None:
     torch.testing.assert_close((drawn - mean).std(0), torch.full((OBS,), 0.3, dtype=torch.float64), atol=0.01, rtol=0)
     torch.testing.assert_close(reward, model.reward(obs, action))
     assert not drawn.requires_grad
+
+
+@pytest.mark.parametrize("activation", ["silu", "mish", "relu"])
+def test_the_reward_model_has_the_activation_it_is_given(activation: str) -> None:
+    model = model_of(reward_activation=activation)
+    x, layers = torch.randn(5, OBS + ACTION), model.reward_net.layers
+    hidden = {"silu": nn.functional.silu, "mish": nn.functional.mish, "relu": nn.functional.relu}[activation]
+    raw = layers[2](hidden(layers[1](hidden(layers[0](x)))))[0, :, 0]
+    torch.testing.assert_close(model.reward(x[:, :OBS], x[:, OBS:]), model._bounded(raw))
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.5, 1.0), (0.0, 1.0), (0.98, 0.99), (0.7, 0.7)])

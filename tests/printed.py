@@ -1,0 +1,18 @@
+"""Numbers that a specification prints, to be met to the last digit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def digits(number: str) -> Any:
+    """What rounds to a printed number: half a unit of its last digit, and next to nothing for ties."""
+    decimals = len(number.partition(".")[2])
+    return pytest.approx(float(number), rel=0, abs=0.5001 * 10.0**-decimals)
+
+
+def printed(line: str) -> list[Any]:
+    """The same for each number of a line."""
+    return [digits(number) for number in line.split()]
