@@ -7,7 +7,7 @@ Learning"); equations by AEPO's numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from torch.optim import Adam, Optimizer
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.diffusion.dpm_vp import sample_dpm_vp, times
-from lit_diffrl.diffusion.energy_guidance import guide
+from lit_diffrl.diffusion.energy_guidance import Gradient, guide
 from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE
 from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
 from lit_diffrl.methods.agent import Variant
@@ -35,11 +35,9 @@ from lit_diffrl.methods.energy_options import (
     SupportOptions,
 )
 from lit_diffrl.methods.loading import read_checkpoint
-from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.policy_options import CriticOptions
-from lit_diffrl.methods.support import States, chunk_noise, in_chunks, states_of
+from lit_diffrl.methods.support_learner import SupportLearner
 from lit_diffrl.nets.energy import BehaviourNet, EnergyNet
-from lit_diffrl.seeding import Place
 
 RELU_CRITIC = CriticOptions(activation="relu")
 
@@ -58,7 +56,7 @@ class NoisedAction(NamedTuple):
     a_t: Tensor
 
 
-class EnergyLearner(OfflineLearner):
+class EnergyLearner(SupportLearner):
     """The phases ``behaviour``, ``critic`` and ``energy``, and actions by guided denoising (Eqs. 8, 14, 45).
 
     The best policy under a divergence limit is ``mu(a|s) exp(beta Q(s, a)) / Z(s)``, mu the behaviour. Its score at
@@ -138,8 +136,6 @@ class EnergyLearner(OfflineLearner):
         self.support_options = as_options(SupportOptions(), support)
         self.refuse_max_backup()
         self.sde = VPSDE()
-        self.states: States | None = None
-        self.support: Tensor | None = None
 
     @property
     def phases(self) -> list[Phase]:
@@ -163,7 +159,6 @@ class EnergyLearner(OfflineLearner):
     def setup(self, stage: str) -> None:
         """Build the networks; a run that begins takes a trained behaviour model over, and draws its own actions."""
         super().setup(stage)
-        self.states = self.support = None
         if stage == "fit" and self.behaviour_ckpt is not None and self.trainer.ckpt_path is None:
             self.take_behaviour(self.behaviour_ckpt)
 
@@ -242,44 +237,17 @@ class EnergyLearner(OfflineLearner):
             self.report({"loss/energy": loss}, prog_bar=True)
             self.report({"grad_norm/energy": norm})
 
-    # ---------------------------------------------------------------- support actions
-
-    def rows(self) -> Tensor:
-        """Which transitions of the data the batch of this update consists of, ``(B,)``."""
-        found: Tensor = self.trainer.datamodule.rows(self.phase, self.draws.place)  # type: ignore[attr-defined]
-        return found
-
-    @torch.no_grad()
-    def draw_support(self) -> None:
-        """Draw actions of the behaviour model in every state of the data, unless there are some already."""
-        if self.support is not None:
-            return
-        assert self.spec is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        found = states_of(data.transitions(torch.arange(len(data.table), device=data.table.device)))
-        self.states = States(self.to_own(found.obs), found.after.to(self.device))
-        obs, shape = self.states.obs, (self.support_options.actions, self.spec.action_dim)
-
-        def draw(number: int, rows: slice) -> Tensor:
-            noise = self.to_own(chunk_noise(number, rows, shape))
-            return self.draw_actions(obs[rows], noise, self.sampler, (0.0, False))
-
-        self.support = self.for_all_states(shape, draw, f"drawing {shape[0]} support actions")
-
-    def for_all_states(self, shape: tuple[int, ...], compute: Callable[[int, slice], Tensor], what: str) -> Tensor:
-        """Compute ``(states, *shape)``, each process a part of it; arguments as :func:`in_chunks`."""
-        assert self.states is not None
-        share = Place(0, 0, self.global_rank, self.trainer.world_size)
-        part = in_chunks(self.states.obs, shape, share, compute, what)
-        whole: Tensor = self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[assignment]
-        return whole
-
     # ---------------------------------------------------------------- acting
 
     @property
     def guidance_unit(self) -> float:
         """What the gradient of the energy network is multiplied by to be that of the energy."""
         return 1.0
+
+    def guidance_of(self, obs: Tensor, asked: Sequence[float]) -> Gradient:
+        """The gradient of the energy in states ``(B, S)``, at times that will be asked for."""
+        gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
+        return lambda x, t: unit * gradient(x, t)
 
     def draw_actions(self, obs: Tensor, noise: Tensor, options: SolverOptions, acting: tuple[float, bool]) -> Tensor:
         """Denoise actions, under guidance if its degree is not 0.
@@ -298,11 +266,9 @@ class EnergyLearner(OfflineLearner):
         asked = times(self.sde, **solver)
         eps_model = self.behaviour.given(obs, asked)
         if degree != 0:
-            gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
             mode = self.rescale_norm if rescale else False
-            eps_model = guide(
-                eps_model, lambda x, t: unit * gradient(x, t), self.sde, degree, mode, t_max=self.guidance_t_max
-            )
+            gradient = self.guidance_of(obs, asked)
+            eps_model = guide(eps_model, gradient, self.sde, degree, mode, t_max=self.guidance_t_max)
         return sample_dpm_vp(eps_model, noise, self.sde, **solver)
 
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:

@@ -29,7 +29,9 @@ from torch import Tensor
 from lit_diffrl.diffusion.energy_guidance import guide
 from lit_diffrl.diffusion.vp_sde import VPSDE
 from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods import covariance as co
 from lit_diffrl.methods import energy as en
+from lit_diffrl.methods import expansion as ex
 from lit_diffrl.methods.losses import expectile_loss
 
 A_T = column(0.5)
@@ -124,28 +126,48 @@ def test_energy_of_two_actions_needs_the_full_covariance_and_its_gradient_does_n
 
     # one derivative of the noise gives the covariance along g, and the trace gives the variance (second-order Tweedie)
     at = time(t)
-    assert number(en.posterior_spread(eps_2, X_2, at, G_2, SDE)) == pytest.approx(quadratic, abs=6e-9)
+    assert number(co.posterior_spread(eps_2, X_2, at, G_2, SDE)) == pytest.approx(quadratic, abs=6e-9)
     exact = torch.einsum("bi,bij,bj->b", G_2, cov, G_2)
-    torch.testing.assert_close(en.posterior_spread(eps_2, X_2, at, G_2, SDE), exact, rtol=1e-12, atol=1e-13)
-    assert number(en.posterior_variance(eps_2, X_2, at, SDE)) == pytest.approx(variance, abs=6e-9)
+    torch.testing.assert_close(co.posterior_spread(eps_2, X_2, at, G_2, SDE), exact, rtol=1e-12, atol=1e-13)
+    assert number(co.posterior_variance(eps_2, X_2, at, SDE)) == pytest.approx(variance, abs=6e-9)
+    # ... and one in every direction all of it, which bounds on the mean over directions leave as it is
+    for v_bar in (None, 0.17):
+        assert cov[0].diagonal().max() > (0.17 if t > 0.2 else 0)
+        torch.testing.assert_close(co.posterior_covariance(eps_2, X_2, at, SDE, v_bar), cov, rtol=1e-12, atol=1e-13)
 
 
 def test_random_signs_find_the_trace_on_average() -> None:
     at = time(0.1)
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=F64)[:, None]  # all there are
-    exact = en.posterior_variance(eps_2, X_2, at, SDE)
-    torch.testing.assert_close(en.posterior_variance(eps_2, X_2, at, SDE, signs), exact)
-    single = torch.cat([en.posterior_variance(eps_2, X_2, at, SDE, v[None]) for v in signs])
+    exact = co.posterior_variance(eps_2, X_2, at, SDE)
+    torch.testing.assert_close(co.posterior_variance(eps_2, X_2, at, SDE, signs), exact)
+    single = torch.cat([co.posterior_variance(eps_2, X_2, at, SDE, v[None]) for v in signs])
     assert single.std() > 0.01  # one alone does not
 
 
 def test_covariances_are_held_in_their_bounds() -> None:
     wrong = guide(GAUSSIAN.eps, lambda x, t: 40 * x, SDE, 1.0)  # a slope far too small, and one too large
     for model, bound in ((wrong, 0.25 * 4), (lambda x, t: 40 * x, 0.0)):
-        spread = en.posterior_spread(model, column(0.1, 0.5), time(0.3).expand(2), column(2.0, 2.0), SDE, 0.25)
+        spread = co.posterior_spread(model, column(0.1, 0.5), time(0.3).expand(2), column(2.0, 2.0), SDE, 0.25)
         assert spread.tolist() == pytest.approx([bound] * 2)
-        variance = en.posterior_variance(model, column(0.1, 0.5), time(0.3).expand(2), SDE, v_bar=0.25)
+        variance = co.posterior_variance(model, column(0.1, 0.5), time(0.3).expand(2), SDE, v_bar=0.25)
         assert variance.tolist() == pytest.approx([bound / 4] * 2)
+        matrix = co.posterior_covariance(model, column(0.1, 0.5), time(0.3).expand(2), SDE, 0.25)
+        assert matrix.flatten().tolist() == pytest.approx([bound / 4] * 2)
+
+    def bent(x: Tensor, t: Tensor) -> Tensor:  # with a derivative that is not symmetric, and turns one direction round
+        return x @ torch.tensor([[40.0, 3.0], [0.0, -5.0]], dtype=F64)
+
+    x, at = torch.zeros(1, 2, dtype=F64), time(0.3)
+    free = co.posterior_covariance(bent, x, at, SDE)
+    torch.testing.assert_close(free, free.mT)
+    assert torch.linalg.eigvalsh(free).min() < 0
+    spread = torch.stack([co.posterior_spread(bent, x, at, g[None], SDE) for g in torch.eye(2, dtype=F64)])
+    torch.testing.assert_close(free.diagonal(dim1=-2, dim2=-1)[0], spread[:, 0])
+    held = co.posterior_covariance(bent, x, at, SDE, 0.25)
+    variances = torch.linalg.eigvalsh(held)[0].tolist()
+    assert variances == pytest.approx([0, 0.5]), "no variance below 0, and their mean is the data's"
+    torch.testing.assert_close(held, held.mT)
 
 
 # ---------------------------------------------------------------- quadratic Q: where AEPO errs
@@ -271,6 +293,12 @@ def test_energies_of_two_actions_with_a_quadratic_value_are_the_tabulated_ones(r
         found = derivative(lambda x, f=form: energy(x, f), X_2)  # type: ignore[misc]
         assert found[0].tolist() == pytest.approx(known, abs=6e-6), form
 
+    # the network's noise alone is enough for it
+    mu, _ = posterior_2(X_2, t)
+    of_noise = co.posterior_covariance(eps_2, X_2, time(t), SDE)
+    found = number(en.second_order_energy(q(mu), slope(mu), HESSIAN_2, mu, mu, of_noise, beta))
+    assert found == pytest.approx(exact, abs=6e-8)
+
     # expanded elsewhere, the full form is the same
     a_bar = torch.tensor([[0.9, 0.3]], dtype=F64)
     mu, cov = posterior_2(X_2, t)
@@ -301,11 +329,47 @@ def test_curvature_beyond_the_limit_is_held(curvature: float) -> None:
     assert number(held) == pytest.approx(0.5 * 0.25 / rest - 0.5 * math.log(rest))
 
 
+def test_second_order_needs_no_variance_in_every_direction_nor_distinct_curvatures() -> None:
+    """Along a direction without variance nothing is gained; slopes are finite where Q is flat or held."""
+    g, zero = torch.tensor([[1.0, -2.0]], dtype=F64), torch.zeros(1, 2, dtype=F64)
+    q, line = torch.zeros(1, dtype=F64), torch.diag(torch.tensor([0.25, 0.0], dtype=F64))[None]
+    found = en.second_order_energy(q, g, HESSIAN_2, zero, zero, line, 2.0)
+    rest = 1 - 2.0 * 0.25 * -2.0
+    assert number(found) == pytest.approx(0.5 * 4 * 0.25 / rest - 0.5 * math.log(rest))
+    for curvature in (0.0, 1.0, 50.0):  # flat, alike in both directions, and beyond the limit
+        hessian = (curvature * EYE_2[None]).requires_grad_()
+        energy = en.second_order_energy(q, g, hessian, zero, zero, torch.full((1,), 0.25, dtype=F64), 2.0)
+        (slope,) = torch.autograd.grad(energy.sum(), hessian)
+        held = curvature * 0.5 > 0.9
+        rest = 1 - min(curvature * 0.5, 0.9)
+        known = 0.5 * (0.5 * g.mT @ g) / rest**2 + 0.5 * 0.5 * EYE_2 / rest
+        torch.testing.assert_close(slope[0], torch.zeros(2, 2, dtype=F64) if held else known)
+
+
+def test_derivatives_of_q_can_be_derived_again() -> None:
+    """As functions of the action their own derivatives are those of the formulas."""
+    a = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def q(a: Tensor) -> Tensor:
+        return a[:, 0] ** 3 + a[:, 0] * a[:, 1] ** 2
+
+    x, y = a.unbind(1)
+    g_x, g_y = 3 * x**2 + y**2, 2 * x * y
+    bent = 6 * x * g_x**2 + 4 * y * g_x * g_y + 2 * x * g_y**2
+    known = [g_x.square() + g_y.square(), bent, 8 * x + 4 * y]
+    _, grad = ex.gradient_of(q, a, graph=True)
+    _, _, along = ex.curvature_of(q, a, graph=True)
+    _, _, hessian = ex.hessian_of(q, a, graph=True)
+    for found, formula in zip((grad.square().sum(-1), along, hessian.sum((-2, -1))), known, strict=True):
+        torch.testing.assert_close(found, formula)
+        torch.testing.assert_close(*(torch.autograd.grad(f.sum(), a, retain_graph=True)[0] for f in (found, formula)))
+
+
 def test_a_critic_without_curvature_gives_the_first_order() -> None:
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).double()
     a, mu, var = torch.randn(5, 2, dtype=F64), torch.randn(5, 2, dtype=F64), torch.rand(5, dtype=F64)
-    q, g, h = en.hessian_of(lambda a: net(a)[:, 0], a)
+    q, g, h = ex.hessian_of(lambda a: net(a)[:, 0], a)
     assert torch.equal(h, torch.zeros(5, 2, 2, dtype=F64))
     torch.testing.assert_close(
         en.second_order_energy(q, g, h, mu, a, var, 3.0), en.analytic_energy(q, g, mu, a, var, 3.0)
@@ -318,11 +382,11 @@ def test_derivatives_of_a_critic_are_exact_and_constants() -> None:
     def q(a: Tensor) -> Tensor:
         return a[:, 0] ** 3 + a[:, 0] * a[:, 1] ** 2
 
-    value, g, h = en.hessian_of(q, a)
+    value, g, h = ex.hessian_of(q, a)
     x, y = a.unbind(1)
     torch.testing.assert_close(g, torch.stack([3 * x**2 + y**2, 2 * x * y], dim=1))
     torch.testing.assert_close(h, torch.stack([6 * x, 2 * y, 2 * y, 2 * x], dim=1).view(4, 2, 2))
-    value_2, g_2, curved = en.curvature_of(q, a)
+    value_2, g_2, curved = ex.curvature_of(q, a)
     assert torch.equal(value, value_2) and torch.equal(g, g_2)
     torch.testing.assert_close(curved, torch.einsum("bi,bij,bj->b", g, h, g))
     assert not any(x.requires_grad for x in (value, g, h, curved))
@@ -564,4 +628,4 @@ def test_other_rates_of_the_schedule_reach_the_covariance() -> None:
         return sigma * x / (0.25 * alpha**2 + sigma**2)
 
     known = 0.25 * sigma**2 / (0.25 * alpha**2 + sigma**2)
-    assert number(en.posterior_variance(eps, A_T, time(0.4), sde)) == pytest.approx(known, abs=1e-12)
+    assert number(co.posterior_variance(eps, A_T, time(0.4), sde)) == pytest.approx(known, abs=1e-12)

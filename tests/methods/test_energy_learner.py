@@ -281,6 +281,7 @@ def test_one_command_lends_the_behaviour_model_and_one_compares_degrees(
     assert [(point["guidance scale"], point["curve"]) for point in points] == [
         (0, "not rescaled"), (0.5, "not rescaled"), (0, "rescaled"), (0.5, "rescaled")
     ]  # fmt: skip
+    assert main(["test", "--ckpt_path", str(last), *played, "--model.guidance", "closed_form"]) == 0
 
 
 # ---------------------------------------------------------------- what is refused
@@ -311,6 +312,17 @@ def test_one_command_lends_the_behaviour_model_and_one_compares_degrees(
         (AEPO, {"posterior": {"kind": 3}}, "posterior.kind must be one of 1, 2"),
         (AEPO, {"target": {"curvature": "full", "covariance": "jvp"}}, "all directions"),
         (AEPO, {"target": {"curvature": "hvp", "form": "two_cumulant"}}, "no second derivatives"),
+        (AEPO, {"target": {"curvature": "none", "covariance": "full"}}, "'jvp' says as much"),
+        (AEPO, {"target": {"curvature": "full", "form": "support"}}, "'support' has no second derivatives"),
+        (AEPO, {"target": {"a_bar": "posterior_mean", "form": "support"}}, "asks Q at support actions"),
+        (AEPO, {"target": {"covariance": "trace", "form": "support"}}, "needs no covariance"),
+        (
+            AEPO,
+            {"schedule": "joint", "target": {"form": "support", "scale": 1.0}},
+            "form 'support' needs.*stale",
+        ),
+        (AEPO, {"guidance": "networks"}, "did you mean 'network'"),
+        (AEPO, {"q_training": "cql", "cql_backup": "values"}, "did you mean 'value'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(kind: type[Any], options: dict[str, Any], words: str) -> None:

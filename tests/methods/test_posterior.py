@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_diffrl.diffusion.vp_sde import T_MIN
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.methods import energy as en
+from lit_diffrl.methods import covariance as co
 from lit_diffrl.methods.posterior import PosteriorTable, non_decreasing
 from lit_diffrl.seeding import Draws
 
@@ -71,7 +71,7 @@ def test_all_estimators_find_the_mean_variance_with_the_exact_noise(row: tuple[A
     for constant in (None, -3.0, 0.0, 1.0):  # the second posterior does not depend on the vector it is taken around
         assert table_at(t, data.eps, data, constant, posterior=2, mean_estimator="eps") == printed(variance)
     # ... and the trace of the noise's derivative, averaged over a_t
-    pointwise = en.posterior_variance(data.eps, x, torch.full((len(x),), t, dtype=F64), SDE)
+    pointwise = co.posterior_variance(data.eps, x, torch.full((len(x),), t, dtype=F64), SDE)
     assert (weight[:, 0] * pointwise).sum().item() == printed(variance)
     if modes == 2:
         assert data.variance(column(0.0), t).item() == printed(row[3])
@@ -87,7 +87,7 @@ def test_all_estimators_find_the_mean_variance_with_the_exact_noise(row: tuple[A
 )
 def test_the_variance_at_an_action_is_that_of_the_noises_slope(t: float, known: tuple[str, ...]) -> None:
     x = column(-0.3, 0.0, 0.2)
-    found = en.posterior_variance(TWO_MODES.eps, x, time(t), SDE)
+    found = co.posterior_variance(TWO_MODES.eps, x, time(t), SDE)
     torch.testing.assert_close(found, TWO_MODES.variance(x, t)[:, 0], rtol=0, atol=1e-8)
     for value, digits in zip(found.tolist(), known, strict=True):
         assert value == printed(digits)
