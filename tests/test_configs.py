@@ -292,7 +292,7 @@ def test_a_gpu_trains_by_conf_trainer_gpu() -> None:
         ("aepo", "--model.target.curvature full --model.target.covariance full --model.guidance closed_form"),
         ("aepo", "--model.target.covariance exact_trace --model.q_training cql --model.cql_backup support"),
         ("aepo", "--model.target.form support --model.target.baseline false"),
-        ("aepo", "--model.target.covariance batch --model.cql_actions 5"),
+        ("aepo", "--model.target.covariance batch --model.behaviour.predict v"),
         ("qgpo", "--model.self_normalise false --model.support.beta_q 1"),
     ],
 )

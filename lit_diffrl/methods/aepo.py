@@ -194,7 +194,7 @@ class AEPO(AEPOCritics):
         draws = Draws()
         draws.begin(Place(self.current_epoch, 0), self.device)  # the same in all processes
         obs, action = self.to_own(every.obs), self.to_own(every.action)
-        self.posterior.fit(self.behaviour, obs, action, draws, samples=self.posterior_options.samples)
+        self.posterior.fit(self.noise_of, obs, action, draws, samples=self.posterior_options.samples)
         if self.target_options.scale == "auto":
             rows = torch.linspace(0, len(data.table) - 1, min(MEASURED, len(data.table))).long()
             sample = PolicyBatch(*(self.to_own(x) for x in data.transitions(rows.to(data.table.device))))
@@ -203,7 +203,7 @@ class AEPO(AEPOCritics):
             support = None
             if self.target_options.form == "support":
                 support = self.support[rows.to(self.device)]  # type: ignore[index]
-            eps_hat = self.behaviour(noised.a_t, noised.t, sample.obs)
+            eps_hat = self.noise_of(noised.a_t, noised.t, sample.obs)
             target = self.energy_target(sample, noised, eps_hat, support)
             self.target_scale.copy_(target.std().clamp_min(1e-6))
 
@@ -230,7 +230,7 @@ class AEPO(AEPOCritics):
         """Eq. 26."""
         o, (t, eps, a_t) = self.target_options, noised
         with torch.no_grad():
-            eps_hat = self.behaviour(a_t, t, batch.obs).to(eps.dtype)
+            eps_hat = self.noise_of(a_t, t, batch.obs)
         if self.schedule == "joint":
             self.posterior.track(t, eps_hat, eps, batch.action, partial(self.trainer.strategy.reduce, reduce_op="mean"))
         support = self.support[self.rows()] if o.form == "support" else None  # type: ignore[index]
@@ -284,15 +284,13 @@ class AEPO(AEPOCritics):
         if kind == "batch":
             return variance_of_noise(self.mean_of_all(eps_hat.square()), t, self.sde, v_bar)
 
-        def behaviour(x: Tensor, t: Tensor) -> Tensor:
-            return self.behaviour(x, t, batch.obs).to(x.dtype)  # type: ignore[no-any-return]
-
+        eps_model = partial(self.noise_of, obs=batch.obs)
         if kind == "full":
-            return posterior_covariance(behaviour, a_t, t, self.sde, v_bar)
+            return posterior_covariance(eps_model, a_t, t, self.sde, v_bar)
         if kind == "jvp":  # as if it were the same in all directions
-            return posterior_spread(behaviour, a_t, t, g, self.sde, v_bar) / g.square().sum(-1).clamp_min(1e-12)
+            return posterior_spread(eps_model, a_t, t, g, self.sde, v_bar) / g.square().sum(-1).clamp_min(1e-12)
         signs = self.draws.randn_like(a_t).sign()[None] if kind == "trace" else None
-        return posterior_variance(behaviour, a_t, t, self.sde, signs, v_bar)
+        return posterior_variance(eps_model, a_t, t, self.sde, signs, v_bar)
 
     def q_of(self, obs: Tensor) -> Value:
         """Q in states ``(B, S)``, as ``(B, A) -> (B,)`` or ``(B, N, A) -> (B, N)``, with weights as constants."""
@@ -314,7 +312,7 @@ class AEPO(AEPOCritics):
 
         def energy(x: Tensor, t: Tensor) -> Tensor:
             states, every = obs.clone(), t.expand(len(x))
-            mu = self.posterior.mean(x, every, self.behaviour(x, every, states).to(x.dtype))
+            mu = self.posterior.mean(x, every, self.noise_of(x, every, states))
             found = expand_at(self.q_of(states), mu, self.target_options.curvature, graph=True)
             return energy_of(found, mu, self.posterior.variance(every), self.beta, self.target_options)
 

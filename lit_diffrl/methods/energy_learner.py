@@ -20,6 +20,7 @@ from torch.optim import Adam, Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
+from lit_diffrl.diffusion.dpm_ode import EpsModel
 from lit_diffrl.diffusion.dpm_vp import sample_dpm_vp, times
 from lit_diffrl.diffusion.energy_guidance import Gradient, guide
 from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE
@@ -150,6 +151,8 @@ class EnergyLearner(SupportLearner):
         super().build(spec)
         b, e = self.behaviour_options, self.energy_options
         self.behaviour = BehaviourNet(spec.obs_dim, spec.action_dim, width=b.width)
+        if b.predict != "eps":  # a mark on the weights: the same shapes mean something else
+            self.behaviour.register_buffer(f"predicts_{b.predict}", torch.ones(()))
         self.build_critics(spec)
         self.energy = EnergyNet(
             spec.obs_dim, spec.action_dim, hidden=e.hidden, layers=e.layers, activation=e.activation
@@ -220,10 +223,16 @@ class EnergyLearner(SupportLearner):
         eps = self.draws.randn_like(action)
         return NoisedAction(t, eps, self.sde.q_sample(action, t, eps))
 
+    def noise_of(self, a_t: Tensor, t: Tensor, obs: Tensor) -> Tensor:
+        """Noise that the behaviour model sees in ``a_t (B, A)`` at times ``(B,)`` or ``(1,)``, in states ``(B, S)``."""
+        out = self.behaviour(a_t, t, obs).to(a_t.dtype)
+        return self.sde.eps_from(self.behaviour_options.predict, out, a_t, t)
+
     def update_behaviour(self, optimizer: LightningOptimizer, batch: PolicyBatch, noised: NoisedAction) -> None:
-        """One step down Eq. 7: the squared error of the noise, summed over the action's entries."""
+        """One step down Eq. 7: the squared error of the noise, or of what is predicted, summed over the action."""
         t, eps, a_t = noised
-        loss = (self.behaviour(a_t, t, batch.obs).to(eps.dtype) - eps).square().sum(-1).mean()
+        error = (self.noise_of(a_t, t, batch.obs) - eps).square().sum(-1)
+        loss = (error * self.sde.error_scale(self.behaviour_options.predict, t)).mean()
         norm = self.descend(optimizer, loss, "behaviour", batch, self.behaviour_options.grad_clip)
         if self.reporting:
             self.report({"loss/behaviour": loss}, prog_bar=True)
@@ -264,12 +273,17 @@ class EnergyLearner(SupportLearner):
         degree, rescale = acting
         solver = {name: getattr(options, name) for name in SolverOptions.__dataclass_fields__}
         asked = times(self.sde, **solver)
-        eps_model = self.behaviour.given(obs, asked)
+        given, predict = self.behaviour.given(obs, asked), self.behaviour_options.predict
+
+        def eps_model(x: Tensor, t: Tensor) -> Tensor:
+            return self.sde.eps_from(predict, given(x, t), x, t)
+
+        guided: EpsModel = eps_model
         if degree != 0:
             mode = self.rescale_norm if rescale else False
             gradient = self.guidance_of(obs, asked)
-            eps_model = guide(eps_model, gradient, self.sde, degree, mode, t_max=self.guidance_t_max)
-        return sample_dpm_vp(eps_model, noise, self.sde, **solver)
+            guided = guide(eps_model, gradient, self.sde, degree, mode, t_max=self.guidance_t_max)
+        return sample_dpm_vp(guided, noise, self.sde, **solver)
 
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """Draw one action in each state."""

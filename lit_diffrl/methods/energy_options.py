@@ -85,12 +85,16 @@ class BehaviourOptions:
         lr: Learning rate of Adam.
         batches: Batches of the data module that make one of the behaviour model: 16 times 256 is QGPO's 4096.
         grad_clip: Largest norm of the gradient; null for no limit.
+        predict: What its network predicts, and is at a loss for in squares: ``eps``, as published, ``x0``, or ``v``
+            (``alpha_t eps - sigma_t a``). From the last two the mean of the clean action follows without the factor
+            ``sigma_t / alpha_t`` on errors, which ``x0`` has, turned round, on the noise at small times.
     """
 
     width: int = 512
     lr: float = 1e-4
     batches: int = 16
     grad_clip: float | None = None
+    predict: Literal["eps", "x0", "v"] = "eps"
 
     def __post_init__(self) -> None:
         check_range("behaviour.width", self.width, 4)
@@ -100,6 +104,7 @@ class BehaviourOptions:
         check_range("behaviour.batches", self.batches, 1)
         if self.grad_clip is not None:
             check_range("behaviour.grad_clip", self.grad_clip, 0, low_open=True, high_open=True)
+        check_choice("behaviour.predict", self.predict, ("eps", "x0", "v"))
 
 
 @dataclass(frozen=True)
