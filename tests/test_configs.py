@@ -289,6 +289,10 @@ def test_a_gpu_trains_by_conf_trainer_gpu() -> None:
         ("paper/aepo/locomotion", "--model.q_training cql --model.posterior.clip false --model.posterior.clamp false"),
         ("aepo", "--model.target.curvature full --model.target.covariance trace --model.target.a_bar posterior_mean"),
         ("aepo", "--model.target.curvature hvp --model.target.covariance jvp --model.target.grad_at a_bar"),
+        ("aepo", "--model.target.curvature full --model.target.covariance full --model.guidance closed_form"),
+        ("aepo", "--model.target.covariance exact_trace --model.q_training cql --model.cql_backup support"),
+        ("aepo", "--model.target.form support --model.target.baseline false"),
+        ("aepo", "--model.target.covariance batch --model.behaviour.predict v"),
         ("qgpo", "--model.self_normalise false --model.support.beta_q 1"),
     ],
 )

@@ -1,12 +1,13 @@
 """Rewards as learners take them: tuned, summed over several steps; and which episodes are the best.
 
 Sources: the tunings of Diffusion-QL, EDP, IQL and CQL by the names of their released code. Where those cut their flat
-files into trajectories by themselves, the boundaries here are the Episodes' own.
+files into trajectories by themselves, the boundaries here are the Episodes' own, but for ``return_range_1000``.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import logging
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +15,20 @@ from torch import Tensor
 from lit_diffrl.data.episodes import Episodes
 from lit_diffrl.errors import DataError, check_choice
 
-Tuning = Literal["none", "cql_antmaze", "iql_antmaze", "antmaze", "standardise", "minmax", "return_range", "affine"]
-TUNINGS = ("none", "cql_antmaze", "iql_antmaze", "antmaze", "standardise", "minmax", "return_range", "affine")
+_log = logging.getLogger(__name__)
+
+Tuning = Literal[
+    "none",
+    "cql_antmaze",
+    "iql_antmaze",
+    "antmaze",
+    "standardise",
+    "minmax",
+    "return_range",
+    "return_range_1000",
+    "affine",
+]
+TUNINGS = get_args(Tuning)
 # (scale, shift) of rewards 0 and 1.
 ANTMAZE = {"cql_antmaze": (4.0, -2.0), "iql_antmaze": (1.0, -1.0), "antmaze": (2.0, -0.5)}
 
@@ -38,6 +51,29 @@ def episode_returns(episodes: Episodes) -> Tensor:
     """``(E,)`` float64 undiscounted rewards of each episode."""
     totals = torch.zeros(episodes.num_episodes, dtype=torch.float64)
     return totals.index_add(0, episodes.episode, episodes.reward.double())
+
+
+def stretch_returns(episodes: Episodes, length: int = 1000) -> Tensor:
+    """``(W,)`` float64 undiscounted rewards of stretches, as the codes of IQL and QGPO measure returns.
+
+    They know D4RL's transitions without their episodes: a stretch ends where an episode terminates or after ``length``
+    steps. The last step of an episode that was cut is not among these transitions, so a full episode has one step less
+    than its limit, and stretches begin one step later in each. What is left at the end is no stretch.
+
+    Args:
+        episodes: Steps in order.
+        length: Longest stretch.
+    """
+    left = episodes.terminated | ~episodes.truncated
+    reward, terminated = episodes.reward[left].double(), episodes.terminated[left]
+    step = torch.arange(len(reward))
+    after = torch.where(terminated, step + 1, 0).cummax(0).values  # the first step since the last termination
+    begun = torch.cat([after.new_zeros(1), after[:-1]])[: len(reward)]
+    place = (step - begun) % length
+    number = (place == 0).cumsum(0)
+    totals = torch.zeros(int(number[-1]) if len(number) else 0, dtype=torch.float64).index_add(0, number - 1, reward)
+    whole = len(reward) == 0 or bool(terminated[-1]) or int(place[-1]) == length - 1
+    return totals if whole else totals[:-1]
 
 
 def best_episodes(returns: Tensor, fraction: float) -> Tensor:
@@ -69,12 +105,13 @@ def tune_rewards(
     - ``standardise``: mean 0 and (sample) deviation 1 over all steps.
     - ``minmax``: least -1 and greatest 1.
     - ``return_range``: 1000 r / (greatest - least return of an episode).
+    - ``return_range_1000``: the same with the returns of :func:`stretch_returns`.
     - ``affine``: scale r + shift.
 
     Args:
         tuning: One of these.
         reward: ``(N,)`` float32.
-        returns: ``(E,)`` undiscounted returns of the episodes.
+        returns: ``(E,)`` undiscounted returns of the episodes, for ``return_range_1000`` of stretches.
         source: Name of the dataset, for messages.
         scale: Of ``affine``.
         shift: Of ``affine``.
@@ -102,8 +139,12 @@ def tune_rewards(
     elif tuning == "minmax":
         scale = 2 / _positive(source, tuning, "rewards", r.max() - r.min(), r)
         shift = -1 - float(r.min()) * scale
-    elif tuning == "return_range":
-        scale, shift = 1000 / _positive(source, tuning, "episodes' returns", returns.max() - returns.min(), returns), 0
+    elif tuning in ("return_range", "return_range_1000"):
+        of = "episodes'" if tuning == "return_range" else "stretches'"
+        if len(returns) == 0:
+            raise DataError(f"{source}: data.reward {tuning!r} needs 1000 steps or a termination; use return_range")
+        scale, shift = 1000 / _positive(source, tuning, f"{of} returns", returns.max() - returns.min(), returns), 0
+        _log.info("%s: data.reward %s multiplies rewards by %.6g", source, tuning, scale)
     elif tuning == "none":
         return reward
     return (r * scale + shift).float()

@@ -30,7 +30,15 @@ from lit_diffrl.data.normalizers import (
     Normalizer,
     fit_normalizer,
 )
-from lit_diffrl.data.rewards import TUNINGS, Tuning, best_episodes, episode_returns, look_ahead, tune_rewards
+from lit_diffrl.data.rewards import (
+    TUNINGS,
+    Tuning,
+    best_episodes,
+    episode_returns,
+    look_ahead,
+    stretch_returns,
+    tune_rewards,
+)
 from lit_diffrl.data.segments import keep_steps
 from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.data.stream import Blocks
@@ -74,7 +82,9 @@ class TransitionData(OfflineData):
         normalizer: Of states: ``none`` or ``gaussian``, mean 0 and deviation 1 (plus 1e-3) in every dimension.
         reward: How rewards are tuned: ``none``; ``cql_antmaze`` 4 (r - 0.5), ``iql_antmaze`` r - 1, ``antmaze``
             2 (r - 0.25), for rewards 0 and 1; ``standardise`` mean 0 and deviation 1; ``minmax`` from -1 to 1;
-            ``return_range`` 1000 r / (greatest - least return of an episode); ``affine`` scale r + shift.
+            ``return_range`` 1000 r / (greatest - least return of an episode); ``return_range_1000`` the same as IQL's
+            and QGPO's codes measure it, in stretches of 1000 steps without regard to time limits; ``affine`` scale r +
+            shift.
         reward_scale: Scale of ``affine``.
         reward_shift: Shift of ``affine``.
         top_fraction: Fraction of the episodes kept, those of highest return (0.1 for 10 % BC); everything else is
@@ -133,10 +143,11 @@ class TransitionData(OfflineData):
                 "`next_observations`, or longer episodes"
             )
         kept = keep_steps(episodes, best[episodes.episode] & recorded)
+        in_stretches = self.hparams["reward"] == "return_range_1000"
         reward = tune_rewards(
             self.hparams["reward"],
             kept.reward,
-            returns[best],
+            stretch_returns(keep_steps(episodes, best[episodes.episode])) if in_stretches else returns[best],
             source=self._name(),
             scale=self.hparams["reward_scale"],
             shift=self.hparams["reward_shift"],

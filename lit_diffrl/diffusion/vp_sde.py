@@ -108,6 +108,30 @@ class VPSDE:
         t = over_rows(t, x_t)
         return ((x_t - self.sigma(t) * eps) / self.alpha(t)).to(x_t.dtype)
 
+    def eps_from(self, predicted: str, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a network's answer stands for.
+
+        Args:
+            predicted: What the network predicts: ``eps``, ``x0``, or ``v``, which is ``alpha_t eps - sigma_t x_0``.
+            out: Its answer, like ``x_t``.
+            x_t: Noisy data ``(B, ...)``.
+            t: Times ``(B,)``, or ``(1,)`` for all rows.
+
+        Returns:
+            Noise like ``x_t``. Of ``v`` it is ``sigma_t x_t + alpha_t v``, and the clean data are ``alpha_t x_t -
+            sigma_t v``: neither multiplies an error.
+        """
+        if predicted == "eps":
+            return out
+        t = over_rows(t, x_t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        return (sigma * x_t + alpha * out if predicted == "v" else (x_t - alpha * out) / sigma).to(x_t.dtype)
+
+    def error_scale(self, predicted: str, t: Tensor) -> Tensor:
+        """Squared error of what is predicted, over that of the noise it stands for, at times ``(B,)``."""
+        ratio = self.noise_to_signal(t)
+        return {"eps": torch.ones_like(t), "x0": ratio, "v": 1 + ratio}[predicted]
+
 
 def over_rows(value: Tensor, x: Tensor) -> Tensor:
     """``value (B,)`` or ``(1,)``, in float32 or better, with as many axes as ``x (B, ...)``."""

@@ -7,43 +7,38 @@ numbered as there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
-from lit_diffrl.errors import ConfigError, check_choice, check_range
+from lit_diffrl.diffusion.energy_guidance import Gradient, gradient_of
+from lit_diffrl.errors import ConfigError, check_choice
+from lit_diffrl.methods.aepo_critics import AEPOCritics
 from lit_diffrl.methods.base import as_options
-from lit_diffrl.methods.energy import (
-    analytic_energy,
-    curved_energy,
-    isql_value,
+from lit_diffrl.methods.covariance import (
+    posterior_covariance,
     posterior_spread,
     posterior_variance,
-    second_order_energy,
-    two_cumulant_energy,
+    variance_of_noise,
 )
-from lit_diffrl.methods.energy_learner import EnergyLearner, NoisedAction
+from lit_diffrl.methods.energy import monte_carlo_energy
+from lit_diffrl.methods.energy_learner import NoisedAction
 from lit_diffrl.methods.energy_options import EnergyOptions, PosteriorOptions, TargetOptions
-from lit_diffrl.methods.expansion import expand
-from lit_diffrl.methods.losses import expectile_loss, td_loss, td_target
+from lit_diffrl.methods.expansion import Value, energy_of, expand, expand_at
 from lit_diffrl.methods.posterior import PosteriorTable
-from lit_diffrl.nets.critics import ValueNet
 from lit_diffrl.seeding import Draws, Place
 
 AEPO_ENERGY = EnergyOptions(layers=3)
 MEASURED = 4096  # transitions that the scale of the target is measured on
-UNIFORM = 10  # actions that CQL adds to the support actions
 
 
-class AEPO(EnergyLearner):
+class AEPO(AEPOCritics):
     """Expectile critics, and an energy network that regresses on the closed form of Eq. 25.
 
     With ``a | a_t ~ N(mu, v I)`` and Q linear around ``a_bar``, the intermediate energy is
@@ -81,15 +76,16 @@ class AEPO(EnergyLearner):
     ``grad_norm/...``.
 
     Args:
-        q_training: How critics learn: ``iql``, ``isql`` or ``cql``.
-        expectile: tau of the values (Eq. 27): 0.5 to 0.8.
-        cql_weight: Weight of the conservative term of ``cql``.
         schedule: ``sequential``, or ``joint`` in the energy's phase (Algorithm 1).
+        guidance: What guides: the energy ``network``, or the ``closed_form`` itself, expanded at the posterior mean and
+            differentiated through the behaviour model, with the variance by time alone and the target's ``curvature``.
+            It shows what the network adds in error, and costs a backward pass through behaviour and critics; a run may
+            be tested with either.
         posterior: The clean action given the noisy one.
         target: What the energy network learns.
         energy: The energy network.
         rescale: As EnergyLearner.
-        kwargs: As EnergyLearner.
+        kwargs: As AEPOCritics.
     """
 
     fixed_arguments: ClassVar[tuple[str, ...]] = ("posterior",)
@@ -97,20 +93,16 @@ class AEPO(EnergyLearner):
 
     def __init__(
         self,
-        q_training: Literal["iql", "isql", "cql"] = "iql",
-        expectile: float = 0.7,
-        cql_weight: float = 5.0,
         schedule: Literal["sequential", "joint"] = "sequential",
+        guidance: Literal["network", "closed_form"] = "network",
         posterior: PosteriorOptions = PosteriorOptions(),
         target: TargetOptions = TargetOptions(),
         energy: EnergyOptions = AEPO_ENERGY,
         **kwargs: Any,
     ) -> None:
-        check_choice("model.q_training", q_training, ("iql", "isql", "cql"))
         check_choice("model.schedule", schedule, ("sequential", "joint"))
-        check_range("model.expectile", expectile, 0, 1, low_open=True, high_open=True)
-        check_range("model.cql_weight", cql_weight, 0, high_open=True)
-        self.q_training, self.expectile, self.cql_weight, self.schedule = q_training, expectile, cql_weight, schedule
+        check_choice("model.guidance", guidance, ("network", "closed_form"))
+        self.schedule, self.guidance = schedule, guidance
         self.posterior_options = as_options(PosteriorOptions(), posterior)
         self.target_options = as_options(TargetOptions(), target)
         super().__init__(energy=as_options(AEPO_ENERGY, energy), **kwargs)
@@ -134,43 +126,22 @@ class AEPO(EnergyLearner):
                 "model.energy_epochs is 0, but with model.schedule joint it needs some: all networks learn in them; "
                 "give some epochs, or --model.schedule sequential"
             )
-        if joint and self.q_training != "iql":
-            raise ConfigError(
-                f"model.q_training {self.q_training!r} needs support actions, which a behaviour model that learns at "
-                "the same time would make stale; use model.schedule sequential, or q_training iql"
-            )
+        for name, value, free in (("q_training", self.q_training, "iql"), ("target.form", o.form, "aepo")):
+            if joint and value in ("isql", "cql", "support"):
+                raise ConfigError(
+                    f"model.{name} {value!r} needs support actions, which a behaviour model that learns at the same "
+                    f"time would make stale; use model.schedule sequential, or {name} {free}"
+                )
         if joint and o.scale == "auto":
             raise ConfigError(
                 "model.target.scale 'auto' is measured on finished critics; with model.schedule joint give a number"
             )
-        if o.curvature == "full" and o.covariance == "jvp":
-            raise ConfigError(
-                "model.target.covariance 'jvp' is the covariance along Q's gradient alone, but target.curvature 'full' "
-                "needs all directions; use isotropic or trace, or curvature hvp"
-            )
-        if o.form == "two_cumulant" and o.curvature != "none":
-            raise ConfigError(
-                f"model.target.form 'two_cumulant' has no second derivatives; got target.curvature {o.curvature!r}"
-            )
-        if o.form == "two_cumulant" and o.a_bar in ("posterior_mean", "fixed"):
-            raise ConfigError(
-                f"model.target.form 'two_cumulant' asks Q at the data's action; got target.a_bar {o.a_bar!r}, which is "
-                "for form 'aepo'; use that, or a_bar 'data'"
-            )
 
     # ---------------------------------------------------------------- building
 
-    @property
-    def uses_value(self) -> bool:
-        """Whether there is a value of states."""
-        return self.q_training != "isql"
-
     def build(self, spec: DatasetSpec) -> None:
-        """Networks as EnergyLearner's, values, and what is tabulated."""
+        """Networks as AEPOCritics', and what is tabulated."""
         super().build(spec)
-        c = self.critic_options
-        if self.uses_value:
-            self.value = ValueNet(spec.obs_dim, hidden=c.hidden, layers=c.layers, activation=c.activation)
         p = self.posterior_options
         self.posterior = PosteriorTable(
             spec.action_dim,
@@ -189,13 +160,6 @@ class AEPO(EnergyLearner):
         # nan until it is measured
         self.register_buffer("target_scale", torch.tensor(math.nan if scale == "auto" else float(scale)))
 
-    def configure_optimizers(self) -> list[Optimizer]:
-        """As the others, and one for the values."""
-        optimizers = super().configure_optimizers()
-        if self.uses_value:
-            optimizers.append(self.critic_optimizer(self.value))
-        return optimizers
-
     @property
     def guidance_unit(self) -> float:
         """The energy network learns the energy divided by this."""
@@ -211,7 +175,11 @@ class AEPO(EnergyLearner):
     @torch.no_grad()
     def prepare(self, phase: str) -> None:
         """Draw support actions where critics need them; tabulate the posterior and measure the target."""
-        if phase == "critic" and self.q_training != "iql":
+        if (
+            self.q_training != "iql"
+            if phase == "critic"
+            else phase == "energy" and self.target_options.form == "support"
+        ):
             self.draw_support()
         if phase != "energy" or self._tabulated:
             return
@@ -226,13 +194,17 @@ class AEPO(EnergyLearner):
         draws = Draws()
         draws.begin(Place(self.current_epoch, 0), self.device)  # the same in all processes
         obs, action = self.to_own(every.obs), self.to_own(every.action)
-        self.posterior.fit(self.behaviour, obs, action, draws, samples=self.posterior_options.samples)
+        self.posterior.fit(self.noise_of, obs, action, draws, samples=self.posterior_options.samples)
         if self.target_options.scale == "auto":
             rows = torch.linspace(0, len(data.table) - 1, min(MEASURED, len(data.table))).long()
             sample = PolicyBatch(*(self.to_own(x) for x in data.transitions(rows.to(data.table.device))))
             self.draws.begin(Place(self.current_epoch, 0), self.device)
             noised = self.noised(sample.action)
-            target = self.energy_target(sample, noised, self.behaviour(noised.a_t, noised.t, sample.obs))
+            support = None
+            if self.target_options.form == "support":
+                support = self.support[rows.to(self.device)]  # type: ignore[index]
+            eps_hat = self.noise_of(noised.a_t, noised.t, sample.obs)
+            target = self.energy_target(sample, noised, eps_hat, support)
             self.target_scale.copy_(target.std().clamp_min(1e-6))
 
     # ---------------------------------------------------------------- one update
@@ -252,61 +224,17 @@ class AEPO(EnergyLearner):
                 self.update_energy(energy_optimizer, self.energy_loss(batch, noised), batch)
         self.updates += 1
 
-    def update_critics(
-        self, critic_optimizer: LightningOptimizer, value_optimizer: list[LightningOptimizer], batch: PolicyBatch
-    ) -> None:
-        """Values, critics, targets (Eq. 27)."""
-        if self.uses_value:
-            least = self.least_q(batch.obs, batch.action, target=True)
-            with torch.no_grad():
-                ahead = self.value(batch.next_obs)
-            value = self.value(batch.obs)
-            value_loss = expectile_loss(least - value, self.expectile)
-            value_norm = self.descend(value_optimizer[0], value_loss, "value", batch)
-            if self.reporting:
-                self.report({"loss/value": value_loss, "q/value": value.mean(), "grad_norm/value": value_norm})
-        else:
-            ahead = self.in_support_value(batch.next_obs)
-        y = td_target(batch.reward, batch.done, batch.discount, ahead)
-
-        q = self.critic(batch.obs, batch.action)
-        td = td_loss(q, y)
-        loss = td if self.q_training != "cql" else 0.5 * td + self.cql_weight * self.conservative(q, batch)
-        critic_norm = self.descend(critic_optimizer, loss, "critic", batch)
-        self.target_critic.update(self.critic)
-        if self.reporting:
-            self.report({"loss/critic": td, "q/mean": q.mean()}, prog_bar=True)
-            self.report({"q/target": y.mean(), "grad_norm/critic": critic_norm})
-
-    @torch.no_grad()
-    def in_support_value(self, next_obs: Tensor) -> Tensor:
-        """QGPO's softmax value ``(B,)`` of the next states of this update's batch."""
-        assert self.states is not None and self.support is not None
-        actions = self.support[self.states.after[self.rows()]]
-        return isql_value(self.least_q(next_obs, actions, target=True), self.support_options.beta_q)
-
-    def conservative(self, q: Tensor, batch: PolicyBatch) -> Tensor:
-        """CQL's term: soft maximum over uniform, support and data actions less the data's value, summed over critics.
-
-        A diffusion model's density is not known, so actions are not weighed by theirs.
-        """
-        assert self.support is not None
-        noise = self.draws.randn_like(batch.action[:, None].expand(-1, UNIFORM, -1))
-        others = torch.cat([2 * torch.special.ndtr(noise) - 1, self.support[self.rows()]], dim=1)
-        every = torch.cat([q.unsqueeze(-1), self.critic(batch.obs, others)], dim=-1)
-        gap: Tensor = (every.logsumexp(dim=-1) - q).mean(dim=1).sum()
-        return gap
-
     # ---------------------------------------------------------------- the energy
 
     def energy_loss(self, batch: PolicyBatch, noised: NoisedAction) -> Tensor:
         """Eq. 26."""
         o, (t, eps, a_t) = self.target_options, noised
         with torch.no_grad():
-            eps_hat = self.behaviour(a_t, t, batch.obs).to(eps.dtype)
+            eps_hat = self.noise_of(a_t, t, batch.obs)
         if self.schedule == "joint":
             self.posterior.track(t, eps_hat, eps, batch.action, partial(self.trainer.strategy.reduce, reduce_op="mean"))
-        target = self.energy_target(batch, noised, eps_hat)
+        support = self.support[self.rows()] if o.form == "support" else None  # type: ignore[index]
+        target = self.energy_target(batch, noised, eps_hat, support)
         if self.reporting:
             mean = self.mean_of_all(target)
             self.report({"target/mean": mean, "target/deviation": (target - mean).abs().mean()})
@@ -317,52 +245,55 @@ class AEPO(EnergyLearner):
         return error.mean()
 
     @torch.no_grad()
-    def energy_target(self, batch: PolicyBatch, noised: NoisedAction, eps_hat: Tensor) -> Tensor:
+    def energy_target(
+        self, batch: PolicyBatch, noised: NoisedAction, eps_hat: Tensor, support: Tensor | None = None
+    ) -> Tensor:
         """Eq. 25, or what the options have in its place; no gradient reaches critics or behaviour model.
 
         Args:
             batch: B transitions.
             noised: Their noised actions.
             eps_hat: ``(B, A)`` predicted noise.
+            support: ``(B, K, A)`` actions of the behaviour in their states, for ``form`` support.
 
         Returns:
             ``(B,)``.
         """
-        o, beta, v_bar = self.target_options, self.beta, self.posterior.v_bar if self.posterior.clamp else None
-        (t, _, a_t), q = noised, self.q_of(batch.obs)
-        mu = batch.action
-        if self.posterior_options.mean != "sample" and o.form == "aepo":
-            mu = self.posterior.mean(a_t, t, eps_hat)
-        q_bar, g, a_bar, second = expand(q, batch.action, mu, self.posterior.action_mean, o)
-
-        def behaviour(x: Tensor, t: Tensor) -> Tensor:
-            return self.behaviour(x, t, batch.obs).to(x.dtype)  # type: ignore[no-any-return]
-
-        square = g.square().sum(-1)
-        if o.covariance == "jvp":
-            # along g, as if it were the same in all directions
-            var = posterior_spread(behaviour, a_t, t, g, self.sde, v_bar) / square.clamp_min(1e-12)
-        elif o.covariance == "trace":
-            var = posterior_variance(behaviour, a_t, t, self.sde, self.draws.randn_like(a_t).sign()[None], v_bar)
+        o, beta, (t, _, a_t), q = self.target_options, self.beta, noised, self.q_of(batch.obs)
+        if support is not None:
+            energy, _ = monte_carlo_energy(a_t, t, support, q(support), self.sde, beta)
         else:
-            var = self.posterior.variance(t)
-        if self.reporting:
-            self.report(
-                {"q/gradient": square.sqrt().mean(), "target/variance_term": (0.5 * beta**2 * var * square).mean()}
-            )
-
-        if o.form == "two_cumulant":
-            energy = two_cumulant_energy(q_bar, g, var, beta)
-        elif o.curvature == "full":
-            energy = second_order_energy(q_bar, g, second, mu, a_bar, var, beta)
-        elif o.curvature == "hvp":
-            energy = curved_energy(q_bar, g, mu, a_bar, var, second, beta)
-        else:
-            energy = analytic_energy(q_bar, g, mu, a_bar, var, beta)
+            mu = batch.action
+            if self.posterior_options.mean != "sample" and o.form == "aepo":
+                mu = self.posterior.mean(a_t, t, eps_hat)
+            found = expand(q, batch.action, mu, self.posterior.action_mean, o)
+            cov = self.covariance(batch, noised, eps_hat, found.grad)
+            energy = energy_of(found, mu, cov, beta, o)
+            if self.reporting:
+                g = found.grad
+                along = cov * g.square().sum(-1) if cov.dim() == 1 else torch.einsum("bi,bij,bj->b", g, cov, g)
+                self.report({"q/gradient": g.norm(dim=-1).mean(), "target/variance_term": 0.5 * beta**2 * along.mean()})
         return energy - beta * self.value(batch.obs) if o.baseline and self.uses_value else energy
 
-    def q_of(self, obs: Tensor) -> Callable[[Tensor], Tensor]:
-        """Q in states ``(B, S)``, as ``(B, A) -> (B,)``, with weights as constants."""
+    def covariance(self, batch: PolicyBatch, noised: NoisedAction, eps_hat: Tensor, g: Tensor) -> Tensor:
+        """Variance ``(B,)``, for ``jvp`` that along ``g (B, A)``, or covariance ``(B, A, A)`` of the posterior."""
+        (t, _, a_t), kind = noised, self.target_options.covariance
+        if kind == "isotropic":
+            return self.posterior.variance(t)
+        v_bar = self.posterior.v_bar if self.posterior.clamp else None
+        if kind == "batch":
+            return variance_of_noise(self.mean_of_all(eps_hat.square()), t, self.sde, v_bar)
+
+        eps_model = partial(self.noise_of, obs=batch.obs)
+        if kind == "full":
+            return posterior_covariance(eps_model, a_t, t, self.sde, v_bar)
+        if kind == "jvp":  # as if it were the same in all directions
+            return posterior_spread(eps_model, a_t, t, g, self.sde, v_bar) / g.square().sum(-1).clamp_min(1e-12)
+        signs = self.draws.randn_like(a_t).sign()[None] if kind == "trace" else None
+        return posterior_variance(eps_model, a_t, t, self.sde, signs, v_bar)
+
+    def q_of(self, obs: Tensor) -> Value:
+        """Q in states ``(B, S)``, as ``(B, A) -> (B,)`` or ``(B, N, A) -> (B, N)``, with weights as constants."""
         o = self.target_options
         critic = self.target_critic.net if o.use_target else self.critic
 
@@ -371,3 +302,18 @@ class AEPO(EnergyLearner):
             return both.amin(dim=0) if o.q_reduce == "min" else both.mean(dim=0)  # type: ignore[no-any-return]
 
         return q
+
+    # ---------------------------------------------------------------- acting
+
+    def guidance_of(self, obs: Tensor, asked: Sequence[float]) -> Gradient:
+        """The energy network's gradient, or that of the closed form itself."""
+        if self.guidance == "network":
+            return super().guidance_of(obs, asked)
+
+        def energy(x: Tensor, t: Tensor) -> Tensor:
+            states, every = obs.clone(), t.expand(len(x))
+            mu = self.posterior.mean(x, every, self.noise_of(x, every, states))
+            found = expand_at(self.q_of(states), mu, self.target_options.curvature, graph=True)
+            return energy_of(found, mu, self.posterior.variance(every), self.beta, self.target_options)
+
+        return gradient_of(energy)

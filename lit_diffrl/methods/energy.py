@@ -9,16 +9,11 @@ function of state and time may be added to it. A quantity "of the posterior" bel
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from lit_diffrl.diffusion.vp_sde import VPSDE, over_rows
 from lit_diffrl.errors import ConfigError
-
-EpsModel = Callable[[Tensor, Tensor], Tensor]
-"""``(a_t (B, A), t (B,)) -> eps (B, A)``, each row by itself."""
 
 # ---------------------------------------------------------------- AEPO: the analytic energy
 
@@ -90,10 +85,9 @@ def second_order_energy(
 ) -> Tensor:
     """The energy of a Q that is quadratic around ``a_bar`` under a Gaussian posterior, where it is exact.
 
-    With ``delta = mu - a_bar``, ``g_mu = g + H delta`` and ``Sigma = L L^T`` it is, in the eigenvectors of ``L^T H L``
-    (eigenvalues h_k, projections c_k of ``L^T g_mu``):
+    With ``delta = mu - a_bar``, ``Sigma = L L^T``, ``X = beta L^T H L`` and ``c = L^T (g + H delta)`` it is
 
-        beta (Q + g.delta + delta.H delta / 2) + sum_k [ beta^2 c_k^2 / (2 (1 - beta h_k)) - log(1 - beta h_k) / 2 ]
+        beta (Q + g.delta + delta.H delta / 2) + beta^2 / 2 c^T (I - X)^-1 c - log det(I - X) / 2
 
     A critic of ReLUs has no second derivative: the result is then that of first order.
 
@@ -105,22 +99,28 @@ def second_order_energy(
         a_bar: ``(B, A)`` where Q was expanded.
         cov: Covariance of the posterior: ``(B, A, A)``, or ``(B,)`` if it is the same in all directions.
         beta: Inverse temperature.
-        limit: Largest ``beta h_k``; the expectation is infinite from 1 on.
+        limit: Largest eigenvalue of X, others are held there; the expectation is infinite from 1 on.
 
     Returns:
         ``(B,)``.
     """
     if cov.dim() == 1:
         root = cov.clamp_min(0).sqrt()[:, None, None] * torch.eye(grad.shape[-1], dtype=cov.dtype, device=cov.device)
-    else:
-        root = torch.linalg.cholesky(cov)
+    else:  # no Cholesky factor: some directions may have no variance
+        variances, axes = torch.linalg.eigh(cov)
+        root = axes * variances.clamp_min(0).sqrt().unsqueeze(-2)
     delta = mu - a_bar
     bent = (hessian @ delta.unsqueeze(-1)).squeeze(-1)
-    h, basis = torch.linalg.eigh(beta * root.mT @ hessian @ root)
-    c = (basis.mT @ root.mT @ (grad + bent).unsqueeze(-1)).squeeze(-1)
-    rest = 1 - h.clamp_max(limit)
+    x = beta * root.mT @ hessian @ root
+    # By projection, since eigenvalues have no derivative where they coincide, as those of a flat Q do
+    h, basis = torch.linalg.eigh(x.detach())
+    free = (basis * (h <= limit).unsqueeze(-2).to(h.dtype)) @ basis.mT
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    rest = identity - free @ x @ free - limit * (identity - free)
+    c = root.mT @ (grad + bent).unsqueeze(-1)
     at_mu = q_bar + (delta * (grad + 0.5 * bent)).sum(-1)
-    return beta * at_mu + (0.5 * beta**2 * c.square() / rest - 0.5 * rest.log()).sum(-1)
+    quadratic = (c * torch.linalg.solve(rest, c)).sum((-2, -1))
+    return beta * at_mu + 0.5 * beta**2 * quadratic - 0.5 * torch.logdet(rest)
 
 
 def curved_energy(
@@ -152,108 +152,6 @@ def curved_energy(
     square = grad.square().sum(-1)
     rest = 1 - (beta * var * curvature / square.clamp_min(1e-12)).clamp_max(limit)
     return linear_energy(q_bar, grad, mu, a_bar, var * square / rest, beta) - 0.5 * rest.log()
-
-
-def hessian_of(q: Callable[[Tensor], Tensor], action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value ``(B,)``, gradient ``(B, A)`` and second derivative ``(B, A, A)`` of ``q`` at actions, as constants.
-
-    Args:
-        q: ``(B, A) -> (B,)``, each row by itself, differentiable twice; A products with its second derivative.
-        action: ``(B, A)``.
-    """
-    with torch.enable_grad():
-        action = action.detach().requires_grad_()
-        value = q(action)
-        (grad,) = torch.autograd.grad(value.sum(), action, create_graph=True)
-        columns = [_derivative(grad[:, i], action) for i in range(action.shape[-1])]
-    return value.detach(), grad.detach(), torch.stack(columns, dim=-1)
-
-
-def curvature_of(q: Callable[[Tensor], Tensor], action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value ``(B,)``, gradient g ``(B, A)`` and ``g^T H g (B,)`` at actions, as constants; arguments as hessian_of."""
-    with torch.enable_grad():
-        action = action.detach().requires_grad_()
-        value = q(action)
-        (grad,) = torch.autograd.grad(value.sum(), action, create_graph=True)
-        g = grad.detach()
-        curved = _derivative((grad * g).sum(-1), action)
-    return value.detach(), g, (curved * g).sum(-1)
-
-
-# ---------------------------------------------------------------- AEPO: the posterior's covariance at one action
-
-
-def posterior_spread(
-    eps_model: EpsModel, a_t: Tensor, t: Tensor, g: Tensor, sde: VPSDE, v_bar: Tensor | float | None = None
-) -> Tensor:
-    """``g^T Sigma g`` of the posterior's full covariance by one derivative of the noise (second-order Tweedie).
-
-    ``Sigma(a_t) = sigma^2 / alpha^2 (I - sigma d eps / d a_t)``. Noise of a network need not have a symmetric
-    derivative; only its symmetric part counts here.
-
-    Args:
-        eps_model: Noise of the behaviour.
-        a_t: ``(B, A)`` noisy actions.
-        t: ``(B,)`` their times.
-        g: ``(B, A)`` the direction.
-        sde: The schedule.
-        v_bar: Variance of the data: the result is held between 0 and ``|g|^2`` times it; None: not held.
-
-    Returns:
-        ``(B,)`` without gradient.
-    """
-    slope = _noise_slopes(eps_model, a_t, t, g.unsqueeze(0))[0]
-    square = g.square().sum(-1)
-    spread = sde.noise_to_signal(t) * (square - sde.sigma(t) * slope)
-    return spread if v_bar is None else torch.minimum(spread.clamp_min(0), square * v_bar)
-
-
-def posterior_variance(
-    eps_model: EpsModel,
-    a_t: Tensor,
-    t: Tensor,
-    sde: VPSDE,
-    probes: Tensor | None = None,
-    v_bar: Tensor | float | None = None,
-) -> Tensor:
-    """The posterior's variance, mean over directions, from the trace of the noise's derivative.
-
-    Args:
-        eps_model: Noise of the behaviour.
-        a_t: ``(B, A)`` noisy actions.
-        t: ``(B,)`` their times.
-        sde: The schedule.
-        probes: ``(P, B, A)`` random signs for an estimate of the trace; None for the trace itself, from A derivatives.
-        v_bar: Variance of the data: the result is held between 0 and it; None: not held.
-
-    Returns:
-        ``(B,)`` without gradient.
-    """
-    size = a_t.shape[-1]
-    if probes is None:
-        units = torch.eye(size, dtype=a_t.dtype, device=a_t.device)
-        trace = _noise_slopes(eps_model, a_t, t, units[:, None].expand(-1, len(a_t), -1)).sum(0)
-    else:
-        trace = _noise_slopes(eps_model, a_t, t, probes).mean(0)
-    variance = sde.noise_to_signal(t) * (1 - sde.sigma(t) * trace / size)
-    return variance if v_bar is None else variance.clamp_min(0).clamp_max(v_bar)
-
-
-def _noise_slopes(eps_model: EpsModel, a_t: Tensor, t: Tensor, directions: Tensor) -> Tensor:
-    """``v^T (d eps / d a_t) v`` for directions ``v (P, B, A)``, as ``(P, B)``."""
-    with torch.enable_grad():
-        x = a_t.detach().requires_grad_()
-        eps = eps_model(x, t)
-        products = [torch.autograd.grad((eps * v).sum(), x, retain_graph=True)[0] for v in directions]
-    return (torch.stack(products) * directions).sum(-1)
-
-
-def _derivative(y: Tensor, x: Tensor) -> Tensor:
-    """Derivative of ``y (B,)`` with respect to ``x (B, A)``; 0 where y is linear in x, and torch knows of none."""
-    if not y.requires_grad:
-        return torch.zeros_like(x)
-    (grad,) = torch.autograd.grad(y.sum(), x, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(x) if grad is None else grad
 
 
 # ---------------------------------------------------------------- QGPO

@@ -7,7 +7,7 @@ Learning"); equations by AEPO's numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,8 +20,9 @@ from torch.optim import Adam, Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
+from lit_diffrl.diffusion.dpm_ode import EpsModel
 from lit_diffrl.diffusion.dpm_vp import sample_dpm_vp, times
-from lit_diffrl.diffusion.energy_guidance import guide
+from lit_diffrl.diffusion.energy_guidance import Gradient, guide
 from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE
 from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
 from lit_diffrl.methods.agent import Variant
@@ -35,11 +36,9 @@ from lit_diffrl.methods.energy_options import (
     SupportOptions,
 )
 from lit_diffrl.methods.loading import read_checkpoint
-from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.policy_options import CriticOptions
-from lit_diffrl.methods.support import States, chunk_noise, in_chunks, states_of
+from lit_diffrl.methods.support_learner import SupportLearner
 from lit_diffrl.nets.energy import BehaviourNet, EnergyNet
-from lit_diffrl.seeding import Place
 
 RELU_CRITIC = CriticOptions(activation="relu")
 
@@ -58,7 +57,7 @@ class NoisedAction(NamedTuple):
     a_t: Tensor
 
 
-class EnergyLearner(OfflineLearner):
+class EnergyLearner(SupportLearner):
     """The phases ``behaviour``, ``critic`` and ``energy``, and actions by guided denoising (Eqs. 8, 14, 45).
 
     The best policy under a divergence limit is ``mu(a|s) exp(beta Q(s, a)) / Z(s)``, mu the behaviour. Its score at
@@ -138,8 +137,6 @@ class EnergyLearner(OfflineLearner):
         self.support_options = as_options(SupportOptions(), support)
         self.refuse_max_backup()
         self.sde = VPSDE()
-        self.states: States | None = None
-        self.support: Tensor | None = None
 
     @property
     def phases(self) -> list[Phase]:
@@ -154,6 +151,8 @@ class EnergyLearner(OfflineLearner):
         super().build(spec)
         b, e = self.behaviour_options, self.energy_options
         self.behaviour = BehaviourNet(spec.obs_dim, spec.action_dim, width=b.width)
+        if b.predict != "eps":  # a mark on the weights: the same shapes mean something else
+            self.behaviour.register_buffer(f"predicts_{b.predict}", torch.ones(()))
         self.build_critics(spec)
         self.energy = EnergyNet(
             spec.obs_dim, spec.action_dim, hidden=e.hidden, layers=e.layers, activation=e.activation
@@ -163,7 +162,6 @@ class EnergyLearner(OfflineLearner):
     def setup(self, stage: str) -> None:
         """Build the networks; a run that begins takes a trained behaviour model over, and draws its own actions."""
         super().setup(stage)
-        self.states = self.support = None
         if stage == "fit" and self.behaviour_ckpt is not None and self.trainer.ckpt_path is None:
             self.take_behaviour(self.behaviour_ckpt)
 
@@ -225,10 +223,16 @@ class EnergyLearner(OfflineLearner):
         eps = self.draws.randn_like(action)
         return NoisedAction(t, eps, self.sde.q_sample(action, t, eps))
 
+    def noise_of(self, a_t: Tensor, t: Tensor, obs: Tensor) -> Tensor:
+        """Noise that the behaviour model sees in ``a_t (B, A)`` at times ``(B,)`` or ``(1,)``, in states ``(B, S)``."""
+        out = self.behaviour(a_t, t, obs).to(a_t.dtype)
+        return self.sde.eps_from(self.behaviour_options.predict, out, a_t, t)
+
     def update_behaviour(self, optimizer: LightningOptimizer, batch: PolicyBatch, noised: NoisedAction) -> None:
-        """One step down Eq. 7: the squared error of the noise, summed over the action's entries."""
+        """One step down Eq. 7: the squared error of the noise, or of what is predicted, summed over the action."""
         t, eps, a_t = noised
-        loss = (self.behaviour(a_t, t, batch.obs).to(eps.dtype) - eps).square().sum(-1).mean()
+        error = (self.noise_of(a_t, t, batch.obs) - eps).square().sum(-1)
+        loss = (error * self.sde.error_scale(self.behaviour_options.predict, t)).mean()
         norm = self.descend(optimizer, loss, "behaviour", batch, self.behaviour_options.grad_clip)
         if self.reporting:
             self.report({"loss/behaviour": loss}, prog_bar=True)
@@ -242,44 +246,17 @@ class EnergyLearner(OfflineLearner):
             self.report({"loss/energy": loss}, prog_bar=True)
             self.report({"grad_norm/energy": norm})
 
-    # ---------------------------------------------------------------- support actions
-
-    def rows(self) -> Tensor:
-        """Which transitions of the data the batch of this update consists of, ``(B,)``."""
-        found: Tensor = self.trainer.datamodule.rows(self.phase, self.draws.place)  # type: ignore[attr-defined]
-        return found
-
-    @torch.no_grad()
-    def draw_support(self) -> None:
-        """Draw actions of the behaviour model in every state of the data, unless there are some already."""
-        if self.support is not None:
-            return
-        assert self.spec is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        found = states_of(data.transitions(torch.arange(len(data.table), device=data.table.device)))
-        self.states = States(self.to_own(found.obs), found.after.to(self.device))
-        obs, shape = self.states.obs, (self.support_options.actions, self.spec.action_dim)
-
-        def draw(number: int, rows: slice) -> Tensor:
-            noise = self.to_own(chunk_noise(number, rows, shape))
-            return self.draw_actions(obs[rows], noise, self.sampler, (0.0, False))
-
-        self.support = self.for_all_states(shape, draw, f"drawing {shape[0]} support actions")
-
-    def for_all_states(self, shape: tuple[int, ...], compute: Callable[[int, slice], Tensor], what: str) -> Tensor:
-        """Compute ``(states, *shape)``, each process a part of it; arguments as :func:`in_chunks`."""
-        assert self.states is not None
-        share = Place(0, 0, self.global_rank, self.trainer.world_size)
-        part = in_chunks(self.states.obs, shape, share, compute, what)
-        whole: Tensor = self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[assignment]
-        return whole
-
     # ---------------------------------------------------------------- acting
 
     @property
     def guidance_unit(self) -> float:
         """What the gradient of the energy network is multiplied by to be that of the energy."""
         return 1.0
+
+    def guidance_of(self, obs: Tensor, asked: Sequence[float]) -> Gradient:
+        """The gradient of the energy in states ``(B, S)``, at times that will be asked for."""
+        gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
+        return lambda x, t: unit * gradient(x, t)
 
     def draw_actions(self, obs: Tensor, noise: Tensor, options: SolverOptions, acting: tuple[float, bool]) -> Tensor:
         """Denoise actions, under guidance if its degree is not 0.
@@ -296,14 +273,17 @@ class EnergyLearner(OfflineLearner):
         degree, rescale = acting
         solver = {name: getattr(options, name) for name in SolverOptions.__dataclass_fields__}
         asked = times(self.sde, **solver)
-        eps_model = self.behaviour.given(obs, asked)
+        given, predict = self.behaviour.given(obs, asked), self.behaviour_options.predict
+
+        def eps_model(x: Tensor, t: Tensor) -> Tensor:
+            return self.sde.eps_from(predict, given(x, t), x, t)
+
+        guided: EpsModel = eps_model
         if degree != 0:
-            gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
             mode = self.rescale_norm if rescale else False
-            eps_model = guide(
-                eps_model, lambda x, t: unit * gradient(x, t), self.sde, degree, mode, t_max=self.guidance_t_max
-            )
-        return sample_dpm_vp(eps_model, noise, self.sde, **solver)
+            gradient = self.guidance_of(obs, asked)
+            guided = guide(eps_model, gradient, self.sde, degree, mode, t_max=self.guidance_t_max)
+        return sample_dpm_vp(guided, noise, self.sde, **solver)
 
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """Draw one action in each state."""

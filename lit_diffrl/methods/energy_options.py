@@ -85,12 +85,16 @@ class BehaviourOptions:
         lr: Learning rate of Adam.
         batches: Batches of the data module that make one of the behaviour model: 16 times 256 is QGPO's 4096.
         grad_clip: Largest norm of the gradient; null for no limit.
+        predict: What its network predicts, and is at a loss for in squares: ``eps``, as published, ``x0``, or ``v``
+            (``alpha_t eps - sigma_t a``). From the last two the mean of the clean action follows without the factor
+            ``sigma_t / alpha_t`` on errors, which ``x0`` has, turned round, on the noise at small times.
     """
 
     width: int = 512
     lr: float = 1e-4
     batches: int = 16
     grad_clip: float | None = None
+    predict: Literal["eps", "x0", "v"] = "eps"
 
     def __post_init__(self) -> None:
         check_range("behaviour.width", self.width, 4)
@@ -100,6 +104,7 @@ class BehaviourOptions:
         check_range("behaviour.batches", self.batches, 1)
         if self.grad_clip is not None:
             check_range("behaviour.grad_clip", self.grad_clip, 0, low_open=True, high_open=True)
+        check_choice("behaviour.predict", self.predict, ("eps", "x0", "v"))
 
 
 @dataclass(frozen=True)
@@ -191,8 +196,10 @@ class TargetOptions:
     """What the energy network of AEPO regresses on.
 
     Args:
-        form: ``aepo`` Eq. 25, or ``two_cumulant``: ``beta Q(a) + beta^2 var(t) |grad Q(a)|^2 / 2`` at the data's
-            action, which needs no posterior mean.
+        form: ``aepo`` Eq. 25; ``two_cumulant``: ``beta Q(a) + beta^2 var(t) |grad Q(a)|^2 / 2`` at the data's
+            action, which needs no posterior mean; or ``support``: ``log sum_i w_i exp(beta Q(a_i))`` over the state's
+            support actions, w_i the softmax of ``log N(a_t; alpha a_i, sigma^2 I)``, which expands nothing, exact with
+            many of them.
         a_bar: Where Q is expanded: ``data_grad_step`` Eq. 46, ``data`` the data's action, ``posterior_mean``, or
             ``fixed``, the mean action of the data.
         grad_at: Where ``data_grad_step`` takes Q's gradient: at the data's action ``a0`` (the paper's reuse) or at
@@ -201,11 +208,14 @@ class TargetOptions:
         eta_normalized: Make a step of that length, whatever the gradient's norm.
         q_reduce: ``min`` or ``mean`` of the critics; the mean's gradient does not jump between them.
         use_target: Ask the critics' targets rather than the critics.
-        covariance: ``isotropic`` variance by time alone (Eq. 25), ``jvp`` the covariance along Q's gradient at every
-            noisy action by one product with the noise's derivative, ``trace`` its mean over directions by one with
-            random signs.
+        covariance: Of the posterior. ``isotropic`` is a variance by time alone (Eq. 25). ``batch`` takes the mean of
+            Eq. 22 over the update's own rows, whatever their times, which is one reading of the paper's appendix, and
+            clamps what that makes of it. The others are of every noisy action, from the noise's derivative: ``jvp``
+            the variance along Q's gradient, by one product with it; ``trace`` the mean over directions, by one with
+            random signs; ``exact_trace`` the same, by one in every direction; ``full`` the whole matrix, by as many.
         curvature: ``none`` (Eq. 25), ``hvp`` one second derivative along Q's gradient, ``full`` all of them, exact for
-            quadratic Q and an isotropic posterior. They are nothing for critics with ``relu``.
+            quadratic Q and a posterior that is isotropic, or with ``covariance`` full any Gaussian. They are nothing
+            for critics with ``relu``.
         baseline: Subtract ``beta V(s)``, which leaves the guidance as it is; ``q_training`` isql learns no V.
         scale: What the target is divided by and the guidance multiplied by; ``auto`` measures its deviation when the
             energy's phase begins. A run that goes on keeps its own.
@@ -213,14 +223,14 @@ class TargetOptions:
         weight: Of the loss over time: ``uniform``, or ``alpha2``, the squared factor of the signal.
     """
 
-    form: Literal["aepo", "two_cumulant"] = "aepo"
+    form: Literal["aepo", "two_cumulant", "support"] = "aepo"
     a_bar: Literal["data_grad_step", "data", "posterior_mean", "fixed"] = "data_grad_step"
     grad_at: Literal["a0", "a_bar"] = "a0"
     eta: float = 1e-3
     eta_normalized: bool = False
     q_reduce: Literal["min", "mean"] = "min"
     use_target: bool = True
-    covariance: Literal["isotropic", "jvp", "trace"] = "isotropic"
+    covariance: Literal["isotropic", "batch", "jvp", "trace", "exact_trace", "full"] = "isotropic"
     curvature: Literal["none", "hvp", "full"] = "none"
     baseline: bool = True
     scale: float | Literal["auto"] = "auto"
@@ -229,11 +239,11 @@ class TargetOptions:
 
     def __post_init__(self) -> None:
         choices = {
-            "form": ("aepo", "two_cumulant"),
+            "form": ("aepo", "two_cumulant", "support"),
             "a_bar": ("data_grad_step", "data", "posterior_mean", "fixed"),
             "grad_at": ("a0", "a_bar"),
             "q_reduce": ("min", "mean"),
-            "covariance": ("isotropic", "jvp", "trace"),
+            "covariance": ("isotropic", "batch", "jvp", "trace", "exact_trace", "full"),
             "curvature": ("none", "hvp", "full"),
             "loss": ("mse", "huber"),
             "weight": ("uniform", "alpha2"),
@@ -245,3 +255,33 @@ class TargetOptions:
             check_choice("target.scale", self.scale, ("auto",))
         else:
             check_range("target.scale", self.scale, 0, low_open=True, high_open=True)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse options that exclude each other."""
+        if self.curvature == "full" and self.covariance == "jvp":
+            raise ConfigError(
+                "model.target.covariance 'jvp' is the covariance along Q's gradient alone, but target.curvature 'full' "
+                "needs all directions; use full, isotropic or a trace, or curvature hvp"
+            )
+        if self.covariance == "full" and self.curvature != "full":
+            raise ConfigError(
+                f"model.target.covariance 'full' is for curvature 'full', got {self.curvature!r}: in Q's gradient "
+                "alone covariance 'jvp' says as much"
+            )
+        if self.form == "aepo":
+            return
+        if self.curvature != "none":
+            raise ConfigError(
+                f"model.target.form {self.form!r} has no second derivatives; got target.curvature {self.curvature!r}"
+            )
+        if self.a_bar in ("posterior_mean", "fixed"):
+            where = "the data's action" if self.form == "two_cumulant" else "support actions"
+            raise ConfigError(
+                f"model.target.form {self.form!r} asks Q at {where}; got target.a_bar {self.a_bar!r}, which is for "
+                "form 'aepo'; use that, or a_bar 'data'"
+            )
+        if self.form == "support" and self.covariance != "isotropic":
+            raise ConfigError(
+                f"model.target.form 'support' needs no covariance, got {self.covariance!r}; leave it isotropic"
+            )

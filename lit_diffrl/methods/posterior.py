@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE, over_rows
 from lit_diffrl.errors import ConfigError, check_choice, check_range
+from lit_diffrl.methods.covariance import variance_of_noise
 from lit_diffrl.seeding import Draws, mix_seed
 
 Estimator = Literal["mixed", "raw", "paired", "nll"]
@@ -283,7 +284,7 @@ class PosteriorTable(nn.Module):
             spread = (m.mu - self.action_mean).square().mean(-1) + w
             variance = self.v_bar - (rho.square() * w if calibrated else spread)
         else:
-            raw = ratio * (1 - m.predicted)
+            raw = variance_of_noise(m.predicted, self.time.double(), self.sde)
             # without calibration rho is 1, and this is the error itself but for the samples' mean
             nll = (1 - rho) * v + rho * e - rho * (1 - rho) * w if calibrated else m.error
             variance = {

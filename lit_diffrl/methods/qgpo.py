@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.errors import ConfigError, check_choice
-from lit_diffrl.methods.energy import cep_loss, energy_emse_loss, energy_mse_loss, isql_value
+from lit_diffrl.methods.energy import cep_loss, energy_emse_loss, energy_mse_loss
 from lit_diffrl.methods.energy_learner import EnergyLearner
 from lit_diffrl.methods.losses import td_loss, td_target
 
@@ -116,11 +115,6 @@ class QGPO(EnergyLearner):
         if self.reporting:
             self.report({"loss/critic": loss, "q/mean": q.mean()}, prog_bar=True)
             self.report({"q/target": y.mean(), "grad_norm/critic": norm})
-
-    @torch.no_grad()
-    def next_value(self, next_obs: Tensor, support: Tensor) -> Tensor:
-        """In-support softmax value ``(B,)`` of next states, of actions ``(B, K, A)``."""
-        return isql_value(self.least_q(next_obs, support, target=True), self.support_options.beta_q)
 
     def energy_loss(self, batch: PolicyBatch, rows: Tensor) -> Tensor:
         """The objective of the energy on a batch whose transitions are ``rows (B,)`` of the data."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_diffrl.data.episodes import Episodes
-from lit_diffrl.data.rewards import best_episodes, episode_returns, look_ahead, tune_rewards
+from lit_diffrl.data.rewards import best_episodes, episode_returns, look_ahead, stretch_returns, tune_rewards
 from lit_diffrl.data.segments import keep_steps
 from lit_diffrl.errors import ConfigError, DataError
 
@@ -68,6 +68,45 @@ def test_return_range_divides_by_the_range_of_the_returns_and_does_not_shift():
     assert tuned("return_range", [0.5, -1.0, 3.0], [0.0, 500.0]) == [1.0, -2.0, 6.0]
 
 
+def as_published(reward: list[float], terminal: list[bool], length: int) -> list[float]:
+    """The loop that the published codes run over the transitions which D4RL's loader leaves."""
+    returns, total, steps = [], 0.0, 0
+    for r, done in zip(reward, terminal):
+        total, steps = total + r, steps + 1
+        if done or steps == length:
+            returns.append(total)
+            total, steps = 0.0, 0
+    return returns
+
+
+@pytest.mark.parametrize("length", [3, 4, 1000])
+@pytest.mark.parametrize("last", [True, False])
+def test_stretches_are_cut_by_terminations_and_their_length_alone(length: int, last: bool) -> None:
+    generator = torch.Generator().manual_seed(length)
+    rewards = [torch.randn(n, generator=generator).double().tolist() for n in (4, 5, 1, 9, 3, 1, 8)]
+    terminal = [False, False, True, True, False, False, last]
+    left = [part if ended else part[:-1] for part, ended in zip(rewards, terminal)]
+    flat = [r for part in left for r in part]
+    ends = [ended and i == len(part) - 1 for part, ended in zip(left, terminal) for i in range(len(part))]
+    found = stretch_returns(make_episodes(rewards, terminal), length).tolist()
+    assert found == pytest.approx(as_published(flat, ends, length), abs=1e-5)
+
+
+def test_full_episodes_lose_a_step_each_to_the_stretch_before() -> None:
+    """Three episodes of the limit's 1000 steps, which are 999 without the cut one: the scale is another."""
+    episodes = make_episodes([[1.0] * 1000, [2.0] * 1000, [5.0] * 1000])
+    assert episode_returns(episodes).tolist() == [1000, 2000, 5000]
+    assert stretch_returns(episodes).tolist() == [999 + 2, 998 * 2 + 2 * 5]
+    assert len(stretch_returns(make_episodes([[1.0] * 500]))) == 0
+    assert tuned("return_range_1000", [0.5, 3.0], [0.0, 500.0]) == [1.0, 6.0]
+
+
+def test_the_scale_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lit_diffrl"):
+        tuned("return_range", [1.0], [0.0, 500.0])
+    assert "return_range multiplies rewards by 2" in caplog.text
+
+
 def test_large_rewards_keep_their_differences():
     # In float32 the mean of these would swallow what is left of it.
     found = torch.tensor(tuned("standardise", [1e6 + i for i in range(5)]))
@@ -83,11 +122,17 @@ def test_large_rewards_keep_their_differences():
         ("standardise", [3.0], None, r"spread of the rewards, but all 1 are 3"),
         ("minmax", [3.0, 3.0], None, r"spread of the rewards, but all 2 are 3"),
         ("return_range", [1.0, 2.0], [7.0, 7.0], r"spread of the episodes' returns, but all 2 are 7"),
+        ("return_range_1000", [1.0, 2.0], [7.0, 7.0], r"spread of the stretches' returns, but all 2 are 7"),
     ],
 )
 def test_rewards_that_cannot_be_tuned_so_are_refused(tuning, reward, returns, words):
     with pytest.raises(DataError, match=rf"test/set-v0: data.reward '{tuning}' .*{words}.*none"):
         tuned(tuning, reward, returns)
+
+
+def test_stretches_need_steps() -> None:
+    with pytest.raises(DataError, match=r"test/set-v0: data.reward 'return_range_1000' needs 1000 steps"):
+        tune_rewards("return_range_1000", torch.ones(2), torch.zeros(0), source="test/set-v0")
 
 
 def test_an_unknown_tuning_is_refused():

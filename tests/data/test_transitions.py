@@ -184,6 +184,16 @@ def test_return_range_is_that_of_whole_episodes_among_those_kept():
     assert everything(data).reward.tolist() == pytest.approx([1000 * r / (34 - 12) for r in (3, 4, 7, 8, 9)])
 
 
+@pytest.mark.parametrize(("fraction", "spread"), [(1.0, 34 - 3), (0.5, 34 - 12)])
+def test_stretches_are_those_of_the_episodes_kept(fraction: float, spread: int) -> None:
+    """Their returns are 3, 12 and 34: of the episode that is cut after its only step nothing is left."""
+    episodes = make_episodes([3, 3, 1, 4], terminal=[True, True, False, True])
+    data = make_data(episodes, reward="return_range_1000", top_fraction=fraction)
+    steps = [float(i) for i in data.steps]
+    assert everything(data).reward.tolist() == pytest.approx([1000 * r / spread for r in steps])
+    assert 6.0 in steps or fraction < 1, "it is learnt from all the same"
+
+
 def test_spec_has_the_extent_of_tuned_single_rewards():
     data = make_data([5], reward="affine", reward_scale=2.0, reward_shift=1.0, n_step=3)
     assert (data.spec.reward_min, data.spec.reward_max, data.spec.stride) == (1.0, 9.0, 1)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from closed_forms import GAUSSIAN, SDE, gauss, time
+from closed_forms import F64, GAUSSIAN, SDE, gauss, time
 
 from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE
 from lit_diffrl.errors import ConfigError
@@ -69,6 +69,20 @@ def test_noising_takes_one_time_for_each_row_or_one_for_all() -> None:
     half = SDE.q_sample(x0.half(), t, eps.half())  # schedules stay in float32
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), x_t, rtol=2e-3, atol=2e-3)
+
+
+def test_noise_follows_from_whatever_is_predicted_and_errors_by_their_scale() -> None:
+    """``alpha eps - sigma x_0`` is what v means; a squared error of it is ``error_scale`` times that of the noise."""
+    x0, eps, wrong = torch.randn(3, 6, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1e-3, 0.05, 0.2, 0.5, 0.8, 1.0], dtype=F64)
+    x_t, (alpha, sigma) = SDE.q_sample(x0, t, eps), (f(t)[:, None, None] for f in (SDE.alpha, SDE.sigma))
+    for predicted, out in {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}.items():
+        torch.testing.assert_close(SDE.eps_from(predicted, out, x_t, t), eps)
+        error = (SDE.eps_from(predicted, out + wrong, x_t, t) - eps).square()
+        torch.testing.assert_close(SDE.error_scale(predicted, t)[:, None, None] * error, wrong.square())
+    # ... and the clean data of v have no factor on an error of it, nor has the noise
+    found = SDE.x0_from_eps(x_t, t, SDE.eps_from("v", alpha * eps - sigma * x0 + wrong, x_t, t))
+    torch.testing.assert_close(found, x0 - sigma * wrong, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("t", [0.05, 0.3, 0.8])

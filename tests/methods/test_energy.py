@@ -29,7 +29,9 @@ from torch import Tensor
 from lit_diffrl.diffusion.energy_guidance import guide
 from lit_diffrl.diffusion.vp_sde import VPSDE
 from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods import covariance as co
 from lit_diffrl.methods import energy as en
+from lit_diffrl.methods import expansion as ex
 from lit_diffrl.methods.losses import expectile_loss
 
 A_T = column(0.5)
@@ -51,14 +53,14 @@ def by_quadrature(x: Tensor, t: float, beta: float, c: float, h: float, data: Mi
 
 # ---------------------------------------------------------------- linear Q: the closed form is exact
 
-# t, mu, var, then energy and slope at beta 1 and 3
+# t, mu, var, then for beta 1 and 3: energy and slope; energies from 400,000 samples of the posterior at beta 1 and 3
 LINEAR = [
-    (0.05, 0.47425667, 0.02704509, 1.44181073, 1.35786180, 4.50798652, 4.07358541),
-    (0.1, 0.42430971, 0.07910427, 1.42545687, 1.08307890, 4.81032440, 3.24923670),
-    (0.3, 0.28378098, 0.21475159, 1.36726700, 0.33593912, 5.55137422, 1.00781736),
-    (0.5, 0.23316105, 0.24474702, 1.32508197, 0.11209029, 5.62728831, 0.33627088),
-    (0.8, 0.20490108, 0.24990090, 1.28849014, 0.01494108, 5.55230150, 0.04482324),
-    (1.0, 0.20081932, 0.24999730, 1.28247594, 0.00246442, 5.53490959, 0.00739327),
+    (0.05, 0.47425667, 0.02704509, 1.44181073, 1.35786180, 4.50798652, 4.07358541, 1.4419, 4.5091),
+    (0.1, 0.42430971, 0.07910427, 1.42545687, 1.08307890, 4.81032440, 3.24923670, 1.4257, 4.8062),
+    (0.3, 0.28378098, 0.21475159, 1.36726700, 0.33593912, 5.55137422, 1.00781736, 1.3693, 5.5145),
+    (0.5, 0.23316105, 0.24474702, 1.32508197, 0.11209029, 5.62728831, 0.33627088, 1.3240, 5.6074),
+    (0.8, 0.20490108, 0.24990090, 1.28849014, 0.01494108, 5.55230150, 0.04482324, 1.2871, 5.5500),
+    (1.0, 0.20081932, 0.24999730, 1.28247594, 0.00246442, 5.53490959, 0.00739327, 1.2821, 5.5422),
 ]
 
 
@@ -66,7 +68,7 @@ LINEAR = [
 @pytest.mark.parametrize("beta", [1.0, 3.0])
 def test_energy_of_a_linear_value_is_exact_wherever_it_is_expanded(row: tuple[float, ...], beta: float) -> None:
     t, mu, var, *known = row
-    value, slope = known[:2] if beta == 1 else known[2:]
+    value, slope, sampled = (*known[:2], known[4]) if beta == 1 else (*known[2:4], known[5])
     assert number(GAUSSIAN.mean(A_T, t)) == pytest.approx(mu, abs=6e-9)
     assert number(GAUSSIAN.variance(A_T, t)) == pytest.approx(var, abs=6e-9)
 
@@ -79,6 +81,16 @@ def test_energy_of_a_linear_value_is_exact_wherever_it_is_expanded(row: tuple[fl
     assert max(found) - min(found) < 1e-12
     assert found[0] == pytest.approx(by_quadrature(A_T, t, beta, 1.5, 0.0, GAUSSIAN, shift=0.7), abs=1e-8)
     assert number(derivative(lambda x: energy(x, column(0.37)), A_T)) == pytest.approx(slope, abs=6e-9)
+
+    # the mean of exponentials over samples, whose log scatters as that of a log-normal mean does
+    samples, share = 400_000, var * (1.5 * beta) ** 2
+    spread = math.sqrt(math.expm1(share) / samples)
+    z = torch.randn(samples, generator=torch.Generator().manual_seed(0), dtype=F64)
+    mean_of_q = 0.7 + 1.5 * mu  # times beta the energy of MSE, and of DPS
+    log_mean = number((math.sqrt(share) * z).logsumexp(0)) - math.log(samples) + beta * mean_of_q
+    assert log_mean == pytest.approx(found[0], abs=4 * spread)
+    assert sampled == pytest.approx(found[0], abs=4 * spread + 5e-5)
+    assert beta * mean_of_q + 0.5 * share == pytest.approx(value, abs=6e-8)
 
 
 # t, mu, energy with the full covariance, isotropic energy, variance, gradient, g^T Sigma g at g = [1, -2]
@@ -114,28 +126,48 @@ def test_energy_of_two_actions_needs_the_full_covariance_and_its_gradient_does_n
 
     # one derivative of the noise gives the covariance along g, and the trace gives the variance (second-order Tweedie)
     at = time(t)
-    assert number(en.posterior_spread(eps_2, X_2, at, G_2, SDE)) == pytest.approx(quadratic, abs=6e-9)
+    assert number(co.posterior_spread(eps_2, X_2, at, G_2, SDE)) == pytest.approx(quadratic, abs=6e-9)
     exact = torch.einsum("bi,bij,bj->b", G_2, cov, G_2)
-    torch.testing.assert_close(en.posterior_spread(eps_2, X_2, at, G_2, SDE), exact, rtol=1e-12, atol=1e-13)
-    assert number(en.posterior_variance(eps_2, X_2, at, SDE)) == pytest.approx(variance, abs=6e-9)
+    torch.testing.assert_close(co.posterior_spread(eps_2, X_2, at, G_2, SDE), exact, rtol=1e-12, atol=1e-13)
+    assert number(co.posterior_variance(eps_2, X_2, at, SDE)) == pytest.approx(variance, abs=6e-9)
+    # ... and one in every direction all of it, which bounds on the mean over directions leave as it is
+    for v_bar in (None, 0.17):
+        assert cov[0].diagonal().max() > (0.17 if t > 0.2 else 0)
+        torch.testing.assert_close(co.posterior_covariance(eps_2, X_2, at, SDE, v_bar), cov, rtol=1e-12, atol=1e-13)
 
 
 def test_random_signs_find_the_trace_on_average() -> None:
     at = time(0.1)
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=F64)[:, None]  # all there are
-    exact = en.posterior_variance(eps_2, X_2, at, SDE)
-    torch.testing.assert_close(en.posterior_variance(eps_2, X_2, at, SDE, signs), exact)
-    single = torch.cat([en.posterior_variance(eps_2, X_2, at, SDE, v[None]) for v in signs])
+    exact = co.posterior_variance(eps_2, X_2, at, SDE)
+    torch.testing.assert_close(co.posterior_variance(eps_2, X_2, at, SDE, signs), exact)
+    single = torch.cat([co.posterior_variance(eps_2, X_2, at, SDE, v[None]) for v in signs])
     assert single.std() > 0.01  # one alone does not
 
 
 def test_covariances_are_held_in_their_bounds() -> None:
     wrong = guide(GAUSSIAN.eps, lambda x, t: 40 * x, SDE, 1.0)  # a slope far too small, and one too large
     for model, bound in ((wrong, 0.25 * 4), (lambda x, t: 40 * x, 0.0)):
-        spread = en.posterior_spread(model, column(0.1, 0.5), time(0.3).expand(2), column(2.0, 2.0), SDE, 0.25)
+        spread = co.posterior_spread(model, column(0.1, 0.5), time(0.3).expand(2), column(2.0, 2.0), SDE, 0.25)
         assert spread.tolist() == pytest.approx([bound] * 2)
-        variance = en.posterior_variance(model, column(0.1, 0.5), time(0.3).expand(2), SDE, v_bar=0.25)
+        variance = co.posterior_variance(model, column(0.1, 0.5), time(0.3).expand(2), SDE, v_bar=0.25)
         assert variance.tolist() == pytest.approx([bound / 4] * 2)
+        matrix = co.posterior_covariance(model, column(0.1, 0.5), time(0.3).expand(2), SDE, 0.25)
+        assert matrix.flatten().tolist() == pytest.approx([bound / 4] * 2)
+
+    def bent(x: Tensor, t: Tensor) -> Tensor:  # with a derivative that is not symmetric, and turns one direction round
+        return x @ torch.tensor([[40.0, 3.0], [0.0, -5.0]], dtype=F64)
+
+    x, at = torch.zeros(1, 2, dtype=F64), time(0.3)
+    free = co.posterior_covariance(bent, x, at, SDE)
+    torch.testing.assert_close(free, free.mT)
+    assert torch.linalg.eigvalsh(free).min() < 0
+    spread = torch.stack([co.posterior_spread(bent, x, at, g[None], SDE) for g in torch.eye(2, dtype=F64)])
+    torch.testing.assert_close(free.diagonal(dim1=-2, dim2=-1)[0], spread[:, 0])
+    held = co.posterior_covariance(bent, x, at, SDE, 0.25)
+    variances = torch.linalg.eigvalsh(held)[0].tolist()
+    assert variances == pytest.approx([0, 0.5]), "no variance below 0, and their mean is the data's"
+    torch.testing.assert_close(held, held.mT)
 
 
 # ---------------------------------------------------------------- quadratic Q: where AEPO errs
@@ -261,6 +293,12 @@ def test_energies_of_two_actions_with_a_quadratic_value_are_the_tabulated_ones(r
         found = derivative(lambda x, f=form: energy(x, f), X_2)  # type: ignore[misc]
         assert found[0].tolist() == pytest.approx(known, abs=6e-6), form
 
+    # the network's noise alone is enough for it
+    mu, _ = posterior_2(X_2, t)
+    of_noise = co.posterior_covariance(eps_2, X_2, time(t), SDE)
+    found = number(en.second_order_energy(q(mu), slope(mu), HESSIAN_2, mu, mu, of_noise, beta))
+    assert found == pytest.approx(exact, abs=6e-8)
+
     # expanded elsewhere, the full form is the same
     a_bar = torch.tensor([[0.9, 0.3]], dtype=F64)
     mu, cov = posterior_2(X_2, t)
@@ -291,11 +329,47 @@ def test_curvature_beyond_the_limit_is_held(curvature: float) -> None:
     assert number(held) == pytest.approx(0.5 * 0.25 / rest - 0.5 * math.log(rest))
 
 
+def test_second_order_needs_no_variance_in_every_direction_nor_distinct_curvatures() -> None:
+    """Along a direction without variance nothing is gained; slopes are finite where Q is flat or held."""
+    g, zero = torch.tensor([[1.0, -2.0]], dtype=F64), torch.zeros(1, 2, dtype=F64)
+    q, line = torch.zeros(1, dtype=F64), torch.diag(torch.tensor([0.25, 0.0], dtype=F64))[None]
+    found = en.second_order_energy(q, g, HESSIAN_2, zero, zero, line, 2.0)
+    rest = 1 - 2.0 * 0.25 * -2.0
+    assert number(found) == pytest.approx(0.5 * 4 * 0.25 / rest - 0.5 * math.log(rest))
+    for curvature in (0.0, 1.0, 50.0):  # flat, alike in both directions, and beyond the limit
+        hessian = (curvature * EYE_2[None]).requires_grad_()
+        energy = en.second_order_energy(q, g, hessian, zero, zero, torch.full((1,), 0.25, dtype=F64), 2.0)
+        (slope,) = torch.autograd.grad(energy.sum(), hessian)
+        held = curvature * 0.5 > 0.9
+        rest = 1 - min(curvature * 0.5, 0.9)
+        known = 0.5 * (0.5 * g.mT @ g) / rest**2 + 0.5 * 0.5 * EYE_2 / rest
+        torch.testing.assert_close(slope[0], torch.zeros(2, 2, dtype=F64) if held else known)
+
+
+def test_derivatives_of_q_can_be_derived_again() -> None:
+    """As functions of the action their own derivatives are those of the formulas."""
+    a = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def q(a: Tensor) -> Tensor:
+        return a[:, 0] ** 3 + a[:, 0] * a[:, 1] ** 2
+
+    x, y = a.unbind(1)
+    g_x, g_y = 3 * x**2 + y**2, 2 * x * y
+    bent = 6 * x * g_x**2 + 4 * y * g_x * g_y + 2 * x * g_y**2
+    known = [g_x.square() + g_y.square(), bent, 8 * x + 4 * y]
+    _, grad = ex.gradient_of(q, a, graph=True)
+    _, _, along = ex.curvature_of(q, a, graph=True)
+    _, _, hessian = ex.hessian_of(q, a, graph=True)
+    for found, formula in zip((grad.square().sum(-1), along, hessian.sum((-2, -1))), known, strict=True):
+        torch.testing.assert_close(found, formula)
+        torch.testing.assert_close(*(torch.autograd.grad(f.sum(), a, retain_graph=True)[0] for f in (found, formula)))
+
+
 def test_a_critic_without_curvature_gives_the_first_order() -> None:
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).double()
     a, mu, var = torch.randn(5, 2, dtype=F64), torch.randn(5, 2, dtype=F64), torch.rand(5, dtype=F64)
-    q, g, h = en.hessian_of(lambda a: net(a)[:, 0], a)
+    q, g, h = ex.hessian_of(lambda a: net(a)[:, 0], a)
     assert torch.equal(h, torch.zeros(5, 2, 2, dtype=F64))
     torch.testing.assert_close(
         en.second_order_energy(q, g, h, mu, a, var, 3.0), en.analytic_energy(q, g, mu, a, var, 3.0)
@@ -308,11 +382,11 @@ def test_derivatives_of_a_critic_are_exact_and_constants() -> None:
     def q(a: Tensor) -> Tensor:
         return a[:, 0] ** 3 + a[:, 0] * a[:, 1] ** 2
 
-    value, g, h = en.hessian_of(q, a)
+    value, g, h = ex.hessian_of(q, a)
     x, y = a.unbind(1)
     torch.testing.assert_close(g, torch.stack([3 * x**2 + y**2, 2 * x * y], dim=1))
     torch.testing.assert_close(h, torch.stack([6 * x, 2 * y, 2 * y, 2 * x], dim=1).view(4, 2, 2))
-    value_2, g_2, curved = en.curvature_of(q, a)
+    value_2, g_2, curved = ex.curvature_of(q, a)
     assert torch.equal(value, value_2) and torch.equal(g, g_2)
     torch.testing.assert_close(curved, torch.einsum("bi,bij,bj->b", g, h, g))
     assert not any(x.requires_grad for x in (value, g, h, curved))
@@ -476,27 +550,45 @@ def test_contrastive_loss_is_of_differences_within_a_state() -> None:
         en.cep_loss(f, q[:, 0], 3.0)
 
 
-# t, beta c, exact slope, actions, slope learned, with labels that are not normalised
-CONTRASTIVE = [(0.1, 1.5, 16, 1.067, 1.079), (0.1, 4.5, 16, 2.704, 3.277), (0.3, 1.5, 16, 0.321, 0.335)]
-CONTRASTIVE += [(0.3, 4.5, 16, 0.702, 1.074), (0.3, 4.5, 2, 0.471, 1.039)]
+# t, beta c, exact slope; slopes learned from 2, 4, 16, 32, 64 and 256 actions; from 2 and 16, labels not normalised
+CONTRASTIVE = [
+    (0.1, 1.5, 1.0831, (1.008, 1.034, 1.067, 1.071, 1.080, 1.083), (1.084, 1.079)),
+    (0.1, 4.5, 3.2492, (2.202, 2.394, 2.704, 2.814, 2.893, 3.045), (3.213, 3.277)),
+    (0.3, 1.5, 0.3359, (0.273, 0.299, 0.321, 0.332, 0.332, 0.335), (0.342, 0.335)),
+    (0.3, 4.5, 1.0078, (0.471, 0.552, 0.702, 0.788, 0.839, 0.922), (1.039, 1.074)),
+]
+ACTIONS = (2, 4, 16, 32, 64, 256)
 
 
-@pytest.mark.parametrize(("t", "c", "count", "biased", "unbiased"), CONTRASTIVE)
-def test_few_actions_teach_too_little_guidance(t: float, c: float, count: int, biased: float, unbiased: float) -> None:
-    """Linear energies ``f = w a_t`` of data N(0, 1/4), the learned slope; labels as they are have a larger variance."""
+def learned_slope(t: float, c: float, count: int, normalised: bool) -> float:
+    """Of the linear energy ``f = w a_t`` that contrasts ``count`` actions of N(0, 1/4) best, by Newton's method."""
     generator = torch.Generator().manual_seed(0)
     a, eps = torch.randn(2, 320_000 // count, count, generator=generator, dtype=F64)
     a = 0.5 * a
     x = SDE.alpha(t) * a + SDE.sigma(t) * eps
-    for normalised, known in ((True, biased), (False, unbiased)):
-        w = torch.zeros((), dtype=F64, requires_grad=True)
-        for _ in range(12):  # Newton's method
-            loss = en.cep_loss(w * x, c * a, 1.0, self_normalise=normalised)
-            (slope,) = torch.autograd.grad(loss, w, create_graph=True)
-            (bend,) = torch.autograd.grad(slope, w)
-            w = (w - slope / bend).detach().requires_grad_()
-        tolerance = 0.02 if normalised else 0.06 * max(1.0, known)
-        assert w.item() == pytest.approx(known, abs=tolerance)
+    w = torch.zeros((), dtype=F64, requires_grad=True)
+    for _ in range(8):
+        loss = en.cep_loss(w * x, c * a, 1.0, self_normalise=normalised)
+        (slope,) = torch.autograd.grad(loss, w, create_graph=True)
+        (bend,) = torch.autograd.grad(slope, w)
+        w = (w - slope / bend).detach().requires_grad_()
+    assert abs(slope.item()) < 1e-6
+    return w.item()
+
+
+@pytest.mark.parametrize("row", CONTRASTIVE, ids=lambda row: f"t={row[0]},c={row[1]}")
+@pytest.mark.parametrize("count", ACTIONS)
+def test_few_actions_teach_too_little_guidance(row: tuple[Any, ...], count: int) -> None:
+    """Labels that are not normalised teach it all, with a larger variance."""
+    t, c, exact, biased, unbiased = row
+    known = biased[ACTIONS.index(count)]
+    found = learned_slope(t, c, count, normalised=True)
+    assert found == pytest.approx(known, abs=0.02) and found < exact + 0.01
+    assert exact == pytest.approx(c * SDE.alpha(t) * 0.25 / (SDE.alpha(t) ** 2 * 0.25 + SDE.sigma(t) ** 2), abs=6e-5)
+    if count in (2, 16):
+        found, known = learned_slope(t, c, count, normalised=False), unbiased[(2, 16).index(count)]
+        assert found == pytest.approx(known, abs=0.06 * max(1.0, known))
+        assert found == pytest.approx(exact, abs=0.06 * max(1.0, exact))
 
 
 def test_regression_on_values_and_on_their_exponentials_find_other_energies() -> None:
@@ -536,4 +628,4 @@ def test_other_rates_of_the_schedule_reach_the_covariance() -> None:
         return sigma * x / (0.25 * alpha**2 + sigma**2)
 
     known = 0.25 * sigma**2 / (0.25 * alpha**2 + sigma**2)
-    assert number(en.posterior_variance(eps, A_T, time(0.4), sde)) == pytest.approx(known, abs=1e-12)
+    assert number(co.posterior_variance(eps, A_T, time(0.4), sde)) == pytest.approx(known, abs=1e-12)

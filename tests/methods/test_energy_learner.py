@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from energy_learners import LEARNERS, act, built, fit, linear_bandit, small
+from energy_learners import LEARNERS, SMALL, act, built, fit, linear_bandit, small
 from lightning.pytorch import Trainer
 from short_runs import ROOT, Config
 from small_learners import same, transitions, weights
@@ -20,6 +20,7 @@ from lit_diffrl.__main__ import main
 from lit_diffrl.data import PolicyBatch
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import AEPO, QGPO, TD3BC
+from lit_diffrl.methods.loading import load_agent
 from lit_diffrl.methods.support import chunk_noise, in_chunks, states_of
 from lit_diffrl.seeding import Place
 
@@ -181,6 +182,8 @@ def test_a_behaviour_model_of_other_sizes_data_or_methods_is_refused(tmp_path: P
     path = saved(fit(small(QGPO, critic_epochs=0, energy_epochs=0), 1), tmp_path / "behaviour.ckpt")
     with pytest.raises(ConfigError, match="networks differ"):
         fit(small(AEPO, behaviour_ckpt=path, behaviour={"width": 32}))
+    with pytest.raises(ConfigError, match="only on one side: predicts_v"):  # its noise would mean something else
+        fit(small(AEPO, behaviour_ckpt=path, behaviour={"predict": "v"}))
     method = built(AEPO, behaviour_ckpt=path)
     method.spec = linear_bandit(64).spec.__class__(**{**vars(method.spec), "dataset_ids": ["test/other-v0"]})
     with pytest.raises(ConfigError, match="other data"):
@@ -188,6 +191,37 @@ def test_a_behaviour_model_of_other_sizes_data_or_methods_is_refused(tmp_path: P
     other = fit(TD3BC(policy_epochs=1), 2)
     with pytest.raises(ConfigError, match="has no behaviour model; give a checkpoint of QGPO or AEPO"):
         method.take_behaviour(saved(other, tmp_path / "td3bc.ckpt"))
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_the_behaviours_loss_is_of_what_its_network_predicts(predict: str) -> None:
+    losses: list[torch.Tensor] = []
+    method = built(QGPO, behaviour={"predict": predict})
+    method.descend = lambda optimizer, loss, *rest: losses.append(loss) or loss
+    action, obs = torch.rand(256, 1) - 0.5, torch.randn(256, 2)
+    batch = PolicyBatch(obs, action, *torch.zeros(4, 256, 1).unbind(0))
+    noised = method.noised(action)
+    method.update_behaviour(None, batch, noised)
+    t, eps, a_t = noised
+    alpha, sigma = method.sde.alpha(t)[:, None], method.sde.sigma(t)[:, None]
+    known = {"eps": eps, "x0": action, "v": alpha * eps - sigma * action}[predict]
+    expected = (method.behaviour(a_t, t, obs) - known).square().sum(-1).mean()
+    torch.testing.assert_close(losses[0], expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("predict", ["x0", "v"])
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_other_predictions_train_act_and_are_saved(kind: type[Any], predict: str, tmp_path: Path) -> None:
+    method = fit(small(kind, behaviour={"predict": predict}), 60, linear_bandit())
+    obs, x, t = torch.zeros(5, 2), torch.randn(5, 1), torch.tensor([0.4])
+    eps = method.noise_of(x, t, obs)
+    torch.testing.assert_close(eps, method.sde.eps_from(predict, method.behaviour(x, t, obs), x, t))
+    assert not torch.equal(eps, method.behaviour(x, t, obs))
+    path = saved(method, tmp_path / "run.ckpt")
+    copy = load_agent(path, "cpu")
+    torch.testing.assert_close(act(copy, 5), act(method, 5))
+    with pytest.raises(ConfigError, match=f"only on one side: behaviour.predicts_{predict}"):
+        load_agent(path, "cpu", behaviour={**SMALL["behaviour"], "predict": "eps"})
 
 
 # ---------------------------------------------------------------- acting
@@ -281,6 +315,7 @@ def test_one_command_lends_the_behaviour_model_and_one_compares_degrees(
     assert [(point["guidance scale"], point["curve"]) for point in points] == [
         (0, "not rescaled"), (0.5, "not rescaled"), (0, "rescaled"), (0.5, "rescaled")
     ]  # fmt: skip
+    assert main(["test", "--ckpt_path", str(last), *played, "--model.guidance", "closed_form"]) == 0
 
 
 # ---------------------------------------------------------------- what is refused
@@ -311,6 +346,17 @@ def test_one_command_lends_the_behaviour_model_and_one_compares_degrees(
         (AEPO, {"posterior": {"kind": 3}}, "posterior.kind must be one of 1, 2"),
         (AEPO, {"target": {"curvature": "full", "covariance": "jvp"}}, "all directions"),
         (AEPO, {"target": {"curvature": "hvp", "form": "two_cumulant"}}, "no second derivatives"),
+        (AEPO, {"target": {"curvature": "none", "covariance": "full"}}, "'jvp' says as much"),
+        (AEPO, {"target": {"curvature": "full", "form": "support"}}, "'support' has no second derivatives"),
+        (AEPO, {"target": {"a_bar": "posterior_mean", "form": "support"}}, "asks Q at support actions"),
+        (AEPO, {"target": {"covariance": "trace", "form": "support"}}, "needs no covariance"),
+        (
+            AEPO,
+            {"schedule": "joint", "target": {"form": "support", "scale": 1.0}},
+            "form 'support' needs.*stale",
+        ),
+        (AEPO, {"guidance": "networks"}, "did you mean 'network'"),
+        (AEPO, {"q_training": "cql", "cql_backup": "values"}, "did you mean 'value'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(kind: type[Any], options: dict[str, Any], words: str) -> None:

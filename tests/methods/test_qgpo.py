@@ -129,7 +129,10 @@ def test_a_single_state_and_a_single_action_entry_keep_their_axes() -> None:
 
 
 def test_guidance_moves_the_policy_as_far_as_it_should() -> None:
-    """beta 2 moves the data's N(0.1, 0.0625) by beta Q' var = 0.1875 and leaves its deviation; all networks trained."""
+    """beta 2 moves the data's N(0.1, 0.0625) by beta Q' var = 0.1875 and leaves its deviation; all networks trained.
+
+    In seconds, so roughly: the specification's tolerances are for the longer training of test_energy_bandits.py.
+    """
     data = linear_bandit(1000)
     data.batch_size = 256
     options = {"behaviour_epochs": 3, "critic_epochs": 2, "energy_epochs": 1, "sampler": {"steps": 15}}
