@@ -119,6 +119,10 @@ def test_a_run_goes_on_with_its_own_windows_and_targets(
     [
         ("--model.schedule linear", "model.schedule: checkpoint 'cosine', now 'linear'"),
         ("--model.attention true", "only on one side"),
+        (
+            "--model.world_model.reward_activation relu",
+            "model.world_model.reward_activation: checkpoint 'silu', now 'relu'",
+        ),
         ("--model.world_model.elites 2", "world_model.elite: checkpoint (1,), now (2,)"),
         (
             "--model.plan.rank_quantile 0.2",

@@ -54,7 +54,7 @@ def episode_returns(episodes: Episodes) -> Tensor:
 
 
 def stretch_returns(episodes: Episodes, length: int = 1000) -> Tensor:
-    """``(W,)`` float64 undiscounted rewards of stretches, as the codes of IQL and QGPO measure returns.
+    """``(W,)`` float64 undiscounted rewards of stretches, as the codes of CORL and QGPO measure returns.
 
     They know D4RL's transitions without their episodes: a stretch ends where an episode terminates or after ``length``
     steps. The last step of an episode that was cut is not among these transitions, so a full episode has one step less
@@ -64,7 +64,7 @@ def stretch_returns(episodes: Episodes, length: int = 1000) -> Tensor:
         episodes: Steps in order.
         length: Longest stretch.
     """
-    left = episodes.terminated | ~episodes.truncated
+    left = ~episodes.truncated
     reward, terminated = episodes.reward[left].double(), episodes.terminated[left]
     step = torch.arange(len(reward))
     after = torch.where(terminated, step + 1, 0).cummax(0).values  # the first step since the last termination

@@ -82,7 +82,7 @@ class TransitionData(OfflineData):
         normalizer: Of states: ``none`` or ``gaussian``, mean 0 and deviation 1 (plus 1e-3) in every dimension.
         reward: How rewards are tuned: ``none``; ``cql_antmaze`` 4 (r - 0.5), ``iql_antmaze`` r - 1, ``antmaze``
             2 (r - 0.25), for rewards 0 and 1; ``standardise`` mean 0 and deviation 1; ``minmax`` from -1 to 1;
-            ``return_range`` 1000 r / (greatest - least return of an episode); ``return_range_1000`` the same as IQL's
+            ``return_range`` 1000 r / (greatest - least return of an episode); ``return_range_1000`` the same as CORL's
             and QGPO's codes measure it, in stretches of 1000 steps without regard to time limits; ``affine`` scale r +
             shift.
         reward_scale: Scale of ``affine``.

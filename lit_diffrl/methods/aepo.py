@@ -132,6 +132,11 @@ class AEPO(AEPOCritics):
                     f"model.{name} {value!r} needs support actions, which a behaviour model that learns at the same "
                     f"time would make stale; use model.schedule sequential, or {name} {free}"
                 )
+        if self.guidance == "closed_form" and not self.epochs["energy"]:
+            raise ConfigError(
+                "model.guidance 'closed_form' needs no energy network, but the posterior that it asks is tabulated in "
+                "that phase: with model.energy_epochs 0 nothing would guide; give 1"
+            )
         if joint and o.scale == "auto":
             raise ConfigError(
                 "model.target.scale 'auto' is measured on finished critics; with model.schedule joint give a number"

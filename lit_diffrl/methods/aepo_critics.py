@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
-from lit_diffrl.errors import check_choice, check_range
+from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.methods.energy_learner import EnergyLearner
 from lit_diffrl.methods.losses import expectile_loss, td_loss, td_target
 from lit_diffrl.nets.critics import ValueNet
@@ -46,6 +46,11 @@ class AEPOCritics(EnergyLearner):
         check_range("model.cql_weight", cql_weight, 0, high_open=True)
         check_range("model.cql_actions", cql_actions, 1)
         check_choice("model.cql_backup", cql_backup, ("value", "support"))
+        if q_training != "cql" and cql_backup != "value":
+            raise ConfigError(
+                f"model.cql_backup {cql_backup!r} is for model.q_training cql, got {q_training!r}; leave it out, or "
+                "set q_training cql"
+            )
         self.q_training, self.expectile = q_training, expectile
         self.cql_weight, self.cql_actions, self.cql_backup = cql_weight, cql_actions, cql_backup
         super().__init__(**kwargs)

@@ -83,6 +83,17 @@ def refuse_other_arguments(
         )
 
 
+def meanings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how the networks of a checkpoint compute, from the groups of its arguments, by dotted name."""
+    return {
+        f"{group}.{name}": value
+        for group, fields in arguments.items()
+        if isinstance(fields, Mapping)
+        for name, value in fields.items()
+        if name in ("activation", "reward_activation", "first_tanh")
+    }
+
+
 def refuse_other_past(saved: Sequence[tuple[str, int]], current: Sequence[tuple[str, int]], done: int) -> None:
     """Refuse phases that would have ended elsewhere; one that is under way may become longer or shorter.
 

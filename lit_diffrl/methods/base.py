@@ -20,6 +20,7 @@ from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods.agent import Agent
 from lit_diffrl.methods.agreement import (
+    meanings,
     refuse_other_arguments,
     refuse_other_data,
     refuse_other_method,
@@ -298,9 +299,10 @@ class Method(Agent):
         else:
             refuse_other_data(saved, self.spec)
         refuse_other_shapes(checkpoint["state_dict"], self.state_dict())
-        refuse_other_arguments(
-            "model", self.fixed_arguments, checkpoint.get("hyper_parameters", {}), plain(self.hparams)
-        )
+        saved_arguments, arguments = checkpoint.get("hyper_parameters", {}), plain(self.hparams)
+        refuse_other_arguments("model", self.fixed_arguments, saved_arguments, arguments)
+        before, now = meanings(saved_arguments), meanings(arguments)
+        refuse_other_arguments("model", [name for name in before if name in now], before, now)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             phases = [(p.name, p.epochs) for p in self.phases]
             refuse_other_past(own.get("phases", []), phases, checkpoint["epoch"] + 1)

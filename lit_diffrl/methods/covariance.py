@@ -108,7 +108,8 @@ def posterior_covariance(
     variances = variances.clamp_min(0)
     mean = variances.mean(-1, keepdim=True)
     variances = variances * torch.where(mean > v_bar, v_bar / mean, 1.0)
-    return basis * variances.unsqueeze(-2) @ basis.mT
+    with torch.autocast(a_t.device.type, enabled=False):
+        return basis * variances.unsqueeze(-2) @ basis.mT
 
 
 def _held(variance: Tensor, v_bar: Tensor | float | None) -> Tensor:

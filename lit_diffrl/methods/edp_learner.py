@@ -75,6 +75,11 @@ class EDP(DiffusionLearner):
         super().__init__()
         check_range("model.guide_weight", guide_weight, 0, high_open=True)
         check_range("model.diffusion_weight", diffusion_weight, 0, high_open=True)
+        if guide_weight == diffusion_weight == 0:
+            raise ConfigError(
+                "model.guide_weight and model.diffusion_weight are both 0: the policy would learn nothing; give one of "
+                "them a weight"
+            )
         self.save_hyperparameters(logger=False)
         self.guide_weight, self.diffusion_weight = guide_weight, diffusion_weight
         self.action_approximation, self.clip_approximation = action_approximation, clip_approximation

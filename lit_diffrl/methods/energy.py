@@ -104,23 +104,27 @@ def second_order_energy(
     Returns:
         ``(B,)``.
     """
-    if cov.dim() == 1:
-        root = cov.clamp_min(0).sqrt()[:, None, None] * torch.eye(grad.shape[-1], dtype=cov.dtype, device=cov.device)
-    else:  # no Cholesky factor: some directions may have no variance
-        variances, axes = torch.linalg.eigh(cov)
-        root = axes * variances.clamp_min(0).sqrt().unsqueeze(-2)
-    delta = mu - a_bar
-    bent = (hessian @ delta.unsqueeze(-1)).squeeze(-1)
-    x = beta * root.mT @ hessian @ root
-    # By projection, since eigenvalues have no derivative where they coincide, as those of a flat Q do
-    h, basis = torch.linalg.eigh(x.detach())
-    free = (basis * (h <= limit).unsqueeze(-2).to(h.dtype)) @ basis.mT
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    rest = identity - free @ x @ free - limit * (identity - free)
-    c = root.mT @ (grad + bent).unsqueeze(-1)
-    at_mu = q_bar + (delta * (grad + 0.5 * bent)).sum(-1)
-    quadratic = (c * torch.linalg.solve(rest, c)).sum((-2, -1))
-    return beta * at_mu + 0.5 * beta**2 * quadratic - 0.5 * torch.logdet(rest)
+    with torch.autocast(grad.device.type, enabled=False):
+        # 16 bits are too few for the products, and logdet has no such kernel
+        if cov.dim() == 1:
+            root = cov.clamp_min(0).sqrt()[:, None, None] * torch.eye(
+                grad.shape[-1], dtype=cov.dtype, device=cov.device
+            )
+        else:  # no Cholesky factor: some directions may have no variance
+            variances, axes = torch.linalg.eigh(cov)
+            root = axes * variances.clamp_min(0).sqrt().unsqueeze(-2)
+        delta = mu - a_bar
+        bent = (hessian @ delta.unsqueeze(-1)).squeeze(-1)
+        x = beta * root.mT @ hessian @ root
+        # By projection, since eigenvalues have no derivative where they coincide, as those of a flat Q do
+        h, basis = torch.linalg.eigh(x.detach())
+        free = (basis * (h <= limit).unsqueeze(-2).to(h.dtype)) @ basis.mT
+        identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        rest = identity - free @ x @ free - limit * (identity - free)
+        c = root.mT @ (grad + bent).unsqueeze(-1)
+        at_mu = q_bar + (delta * (grad + 0.5 * bent)).sum(-1)
+        quadratic = (c * torch.linalg.solve(rest, c)).sum((-2, -1))
+        return beta * at_mu + 0.5 * beta**2 * quadratic - 0.5 * torch.logdet(rest)
 
 
 def curved_energy(

@@ -57,7 +57,7 @@ class SynthER(Synthesis):
     Args:
         diffusion_epochs: Epochs in which the denoiser learns.
         denoiser: Its network and training.
-        edm: Noise levels; ``sigma_data`` 1 belongs to standardised rows.
+        edm: Noise levels; ``sigma_data`` 1 belongs to standardised rows, 0.5 to ``denoiser.scale`` limits.
         churn: Noise added in sampling.
         edm_sampler: How rows are sampled.
         samples: How many, and what is kept within bounds.

@@ -35,7 +35,8 @@ class TrajectoryDenoiserOptions:
 
     Args:
         members: Trajectory models, of which each rollout has one. Each learns from its share of every batch, so that
-            ``data.window_batch_size`` should be so many times as large.
+            ``data.window_batch_size`` should be so many times as large. Which rollout has which follows its place in
+            the process's rows, so another number of processes deals them out otherwise.
         dim: Base width; DyDiff's 128.
         mults: Widths of its levels in units of ``dim``; DyDiff's 1, 4, 8.
         kernel: Odd size of the convolutions.

@@ -152,5 +152,21 @@ class OfflineCheckpoint(Checkpoint):
         return {"kept": self.kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with those that are here: a run that branches off has none yet and begins anew."""
-        self.kept = {epoch: loss for epoch, loss in state_dict["kept"].items() if self._path(epoch).is_file()}
+        """Go on with them."""
+        self.kept = dict(state_dict["kept"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the candidates that are here; a run that branches off has none yet and chooses among its own."""
+        if not self.kept:
+            return
+        here = [epoch for epoch in self.kept if self._path(epoch).is_file()]
+        begun = (self.folder / "best.ckpt").is_file()
+        here, begun = trainer.strategy.broadcast((here, begun))  # another machine may not see the files
+        self.kept = {epoch: self.kept[epoch] for epoch in here}
+        if not begun:
+            log.warning(
+                "no candidates of the offline selection are in %s: it begins anew with this run's evaluations",
+                self.folder,
+            )
+            self.kept = {}
+            self.selection.means.load_state_dict(RunningScores().state_dict())

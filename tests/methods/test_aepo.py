@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_diffrl.data import PolicyBatch
 from lit_diffrl.diffusion.vp_sde import VPSDE
+from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import AEPO, aepo_critics
 from lit_diffrl.methods.energy_learner import NoisedAction
 from lit_diffrl.methods.energy_options import TargetOptions
@@ -377,6 +378,18 @@ def test_joint_training_moves_all_networks_in_every_update() -> None:
         assert not any(same(before[n], after[n]) for n in nets)
     assert bool(method.posterior.fitted) and float(method.posterior.v_bar) == pytest.approx(STD**2, rel=0.1)
     assert method.can_act
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"guidance": "closed_form", "energy_epochs": 0}, "nothing would guide; give 1"),
+        ({"cql_backup": "support"}, "cql_backup 'support' is for model.q_training cql, got 'iql'"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        AEPO(**options)
 
 
 def test_guidance_moves_the_policy_as_far_as_it_should() -> None:

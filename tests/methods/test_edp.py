@@ -415,6 +415,11 @@ def test_a_sampler_is_given_its_own_options_only(options: dict[str, Any], words:
         EDPTD3(sampler=options)
 
 
+def test_a_policy_that_would_learn_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="guide_weight and model.diffusion_weight are both 0"):
+        EDPTD3(guide_weight=0, diffusion_weight=0)
+
+
 def test_what_a_partial_group_leaves_out_is_the_learners_own_default() -> None:
     edp = EDPTD3(sampler={"steps": 10}, critic={"lr": 1e-3}, ema={"decay": 0.9}, selection={"temperature": 2.0})
     assert (edp.sampler.name, edp.sampler.steps, edp.eval_sampler) == ("dpm", 10, edp.sampler)

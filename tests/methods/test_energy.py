@@ -293,6 +293,13 @@ def test_energies_of_two_actions_with_a_quadratic_value_are_the_tabulated_ones(r
         found = derivative(lambda x, f=form: energy(x, f), X_2)  # type: ignore[misc]
         assert found[0].tolist() == pytest.approx(known, abs=6e-6), form
 
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # whose 16 bits must not reach it
+        assert number(energy(X_2, "full")) == pytest.approx(exact, abs=6e-8)
+        single = [x.float() for x in (q(X_2), slope(X_2), HESSIAN_2, X_2, X_2, posterior_2(X_2, t)[1])]
+        assert en.second_order_energy(*single, beta).dtype == torch.float32
+        held = co.posterior_covariance(lambda x, t: 0.5 * x, X_2.float(), time(t).float(), SDE, 0.25)
+        assert held.dtype == torch.float32
+
     # the network's noise alone is enough for it
     mu, _ = posterior_2(X_2, t)
     of_noise = co.posterior_covariance(eps_2, X_2, time(t), SDE)

@@ -147,6 +147,20 @@ def test_a_resumed_run_chooses_as_an_uninterrupted_one(
     }
 
 
+def test_a_run_that_branches_off_chooses_among_its_own_evaluations(
+    toy_spec: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the means 5, 3, 4, 1, 6, 2 it has the last three, without the candidates of before."""
+    fit(tmp_path / "part", toy_spec(), epochs=3, select_rank=2)
+    (tmp_path / "branch/checkpoints").mkdir(parents=True)
+    (tmp_path / "part/checkpoints/last.ckpt").rename(tmp_path / "branch/checkpoints/last.ckpt")
+    with caplog.at_level(logging.WARNING):
+        rollout = fit(tmp_path / "branch", toy_spec(), resume=True, select_rank=2)
+    assert "it begins anew" in caplog.text
+    assert rollout.offline.means.history == [(3, 1.0), (4, 6.0), (5, 2.0)]
+    assert rollout.offline.chosen()[0] == epoch_of(tmp_path / "branch") == 4
+
+
 def test_processes_choose_by_the_mean_of_their_losses(toy_spec: Any, tmp_path: Path) -> None:
     """The second one's losses are the first one's backwards: 2, 6, 1, 4, 3, 5."""
 
