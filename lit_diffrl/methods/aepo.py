@@ -180,11 +180,8 @@ class AEPO(AEPOCritics):
     @torch.no_grad()
     def prepare(self, phase: str) -> None:
         """Draw support actions where critics need them; tabulate the posterior and measure the target."""
-        if (
-            self.q_training != "iql"
-            if phase == "critic"
-            else phase == "energy" and self.target_options.form == "support"
-        ):
+        asks = {"critic": self.q_training != "iql", "energy": self.target_options.form == "support"}
+        if asks.get(phase, False):
             self.draw_support()
         if phase != "energy" or self._tabulated:
             return

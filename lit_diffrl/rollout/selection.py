@@ -93,7 +93,7 @@ class OfflineSelection:
 
     def rows(self, unit: str, running: RunningScores) -> list[tuple[str, str]]:
         """The choice, with its score where there are scores, for the end of a run."""
-        if not self.chooses:
+        if not self.chooses or not self.means.history:
             return []
         epoch, loss = self.chosen()
         score = "".join(f"{value:.2f} " for e, value in running.history if e == epoch)
