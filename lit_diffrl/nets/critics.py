@@ -150,7 +150,10 @@ class EnsembleNorm(nn.Module):
         bias: Tensor = self.bias
         if members is not None:
             weight, bias = weight.detach()[members], bias.detach()[members]
-        return F.layer_norm(x, x.shape[-1:]) * weight + bias
+        # Member by member, so that torch's kernel scales and shifts too: with operations of its own, float32
+        # under bf16-mixed, CQL's critics (31 actions in 256 states) take 102 ms in place of 75, forward and backward.
+        parts = zip(x.unbind(0), weight.squeeze(1).unbind(0), bias.squeeze(1).unbind(0))
+        return torch.stack([F.layer_norm(rows, rows.shape[-1:], scale, shift) for rows, scale, shift in parts])
 
 
 @torch.no_grad()

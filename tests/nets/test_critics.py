@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.nets.activations import mish
-from lit_diffrl.nets.critics import TwinQ, ValueNet
+from lit_diffrl.nets.critics import EnsembleNorm, TwinQ, ValueNet
 
 B, S, A = 6, 5, 3
 
@@ -129,6 +129,23 @@ def test_values_are_single_precision_or_better(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = TwinQ(S, A, hidden=8)(obs.float(), action.float()), ValueNet(S, hidden=8)(obs.float())
     assert all(v.dtype == torch.float32 for v in found)
+
+
+@pytest.mark.parametrize("members", [None, slice(1, 3)])
+def test_each_member_is_normalised_with_its_own_scale_and_shift(members: slice | None) -> None:
+    torch.manual_seed(0)
+    norm = EnsembleNorm(3, 8).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    rows, weight, bias = (t if members is None else t[members] for t in (x, norm.weight, norm.bias))
+    centred = rows - rows.mean(dim=-1, keepdim=True)
+    expected = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    found = norm(rows, members)
+    torch.testing.assert_close(found, expected)
+    at = x if members else [x, norm.weight, norm.bias]
+    for a, b in zip(*(torch.autograd.grad(v.pow(3).sum(), at, retain_graph=True) for v in (found, expected))):
+        torch.testing.assert_close(a, b)
 
 
 def test_state_values_have_one_number_a_row() -> None:
