@@ -55,6 +55,17 @@ def note(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
     return lambda label, seconds: request.config.stash[ROWS].append((label, seconds, ""))
 
 
+@pytest.fixture
+def unlogged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates that log nothing, which by default are 49 of 50.
+
+    Repeated outside of Lightning's loop, an epoch's first update, which logs, would stand for all of them.
+    """
+    from lit_diffrl.methods.base import Method
+
+    monkeypatch.setattr(Method, "reporting", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def minari_root(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An empty root of Minari datasets; the maze is collected into it."""

@@ -35,6 +35,7 @@ def hopper(hopper_file: str) -> TransitionData:
     return data
 
 
+@pytest.mark.usefixtures("unlogged")
 @pytest.mark.parametrize(("label", "kind", "part", "published"), UPDATES, ids=[u[0] for u in UPDATES])
 def test_update(benchmark: Any, hopper: TransitionData, label: str, kind: Any, part: str, published: Any) -> None:
     benchmark.extra_info.update(label=label, published=published)

@@ -23,6 +23,7 @@ from lit_diffrl.seeding import Place
 CONF = Path(__file__).resolve().parents[1] / "conf"
 HOPPER_OBS = 11
 UMAZE = "lit_diffrl/pointmaze/umaze-v0"
+pytestmark = pytest.mark.usefixtures("unlogged")
 
 
 def options(config: str, **changes: Any) -> dict[str, Any]:

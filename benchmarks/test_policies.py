@@ -59,6 +59,7 @@ def test_draw_transitions(benchmark: Any, hopper: TransitionData) -> None:
     benchmark(hopper.draw, Phase("policy", 1), Place(0, 0))
 
 
+@pytest.mark.usefixtures("unlogged")
 @pytest.mark.parametrize("label", UPDATES)
 def test_update(benchmark: Any, hopper: TransitionData, label: str) -> None:
     kind, options, published = UPDATES[label]

@@ -48,6 +48,7 @@ UPDATES = {
 }
 
 
+@pytest.mark.usefixtures("unlogged")
 @pytest.mark.parametrize("label", UPDATES)
 def test_update(benchmark: Any, hopper: TrajectoryData, label: str) -> None:
     kind, phase = UPDATES[label]

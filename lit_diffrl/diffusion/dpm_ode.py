@@ -149,8 +149,13 @@ def clip_eps(x: Tensor, eps: Tensor, schedule: Schedule, k: Tensor) -> Tensor:
     Returns:
         The noise, like ``eps``; entries that were clipped pass no gradient to it.
     """
-    step = k.floor().long() + 1
-    signal, noise = schedule.at("signal", step, x), schedule.at("noise", step, x)
+    signal: Tensor | float
+    noise: Tensor | float
+    if len(k) == 1 and k.device.type == "cpu":  # as numbers, which saves a twentieth of a call
+        signal, noise = schedule.value("signal", int(k) + 1), schedule.value("noise", int(k) + 1)
+    else:
+        step = k.floor().long() + 1
+        signal, noise = schedule.at("signal", step, x), schedule.at("noise", step, x)
     return eps.clamp((x - signal) / noise, (x + signal) / noise)
 
 

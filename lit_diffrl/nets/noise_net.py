@@ -140,7 +140,11 @@ class NoiseNet(nn.Module):
 
     def _joined(self, x: Tensor, of_time: Tensor, of_obs: Tensor) -> Tensor:
         """The network from actions and the other parts of the first layer."""
-        h = self._part("action", x) + (like_rows(of_time, x) + like_rows(of_obs, x))
+        others = like_rows(of_time, x) + like_rows(of_obs, x)
+        if x.dim() == 2:
+            h = torch.addmm(others, x, self._first.weight[:, self.columns["action"]].t())
+        else:
+            h = self._part("action", x) + others
         _, *layers = self.net
         for layer in layers:
             h = layer(h)
