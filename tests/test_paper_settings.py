@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from lit_diffrl.data import TrajectoryData
 from lit_diffrl.methods import (
     AEPO,
+    BC,
     CQL,
     CRR,
     EDPCRR,
@@ -31,7 +32,7 @@ from lit_diffrl.methods import (
 
 PAPER = Path(__file__).parents[1] / "conf" / "paper"
 SYNTHESIS = (DyDiffCQL, DyDiffDQL, DyDiffTD3BC, SynthERCQL, SynthERDQL, SynthERIQL, SynthERTD3BC)
-LEARNERS = (EDPTD3, EDPCRR, EDPIQL, DiffusionQL, TD3BC, CRR, IQL, CQL)
+LEARNERS = (EDPTD3, EDPCRR, EDPIQL, DiffusionQL, TD3BC, CRR, IQL, CQL, BC)
 METHODS: dict[str, Any] = {kind.__name__: kind for kind in (*LEARNERS, *SYNTHESIS, QGPO, AEPO)}
 
 # task: learning rate, eta, max-Q backup, rewards, epochs, norm limit, rank of the offline selection
@@ -150,15 +151,21 @@ def test_the_sampler_of_a_file_of_edp_is_exchanged_by_its_name(learner: str) -> 
         ("td3bc/antmaze", {"alpha": 2.5}, {"normalizer": "gaussian", "reward": "iql_antmaze"}),
         ("iql/locomotion", {"expectile": 0.7, "beta": 3, "bound": 100.0, "lr_decay": "cosine"},
          {"reward": "return_range", "action_clip": 0.99999}),
-        ("iql/antmaze", {"expectile": 0.9, "beta": 10}, {"reward": "iql_antmaze"}),
-        ("iql/kitchen", {"expectile": 0.7, "beta": 0.5}, {}),
-        ("iql/adroit", {"expectile": 0.7, "beta": 0.5}, {}),
+        ("iql/antmaze", {"expectile": 0.9, "beta": 10}, {"reward": "iql_antmaze", "action_clip": 0.99999}),
+        ("iql/kitchen", {"expectile": 0.7, "beta": 0.5}, {"action_clip": 0.99999}),
+        ("iql/adroit", {"expectile": 0.7, "beta": 0.5}, {"action_clip": 0.99999}),
         ("cql/locomotion", {"alpha": 10, "lr": 3e-5, "target_gap": None}, {"normalizer": "gaussian"}),
         ("cql/adroit", {"alpha": 1, "lr": 1e-4}, {"normalizer": "gaussian"}),
         ("cql/antmaze", {"alpha": 5, "lr": 1e-4, "target_gap": 0.8, "diff_clip": -200},
          {"reward": "affine", "reward_scale": 10, "reward_shift": -5}),
         ("crr/locomotion", {"beta": 1.0, "bound": 20.0, "candidates": 10, "lr": 3e-4}, {"action_clip": 0.999}),
         ("crr/adroit", {"lr": 3e-5}, {"reward": "minmax"}),
+        ("crr/antmaze", {"lr": 3e-4}, {"reward": "cql_antmaze"}),
+        ("crr/kitchen", {"lr": 3e-4}, {"reward": "minmax"}),
+        ("bc/locomotion", {"policy": "deterministic", "lr": 3e-4}, {"normalizer": "gaussian"}),
+        ("bc/locomotion-10", {"policy": "deterministic"}, {"normalizer": "gaussian", "top_fraction": 0.1}),
+        ("bc/antmaze", {"policy": "deterministic"}, {"normalizer": "gaussian"}),
+        ("bc/adroit", {"policy": "deterministic"}, {"normalizer": "gaussian"}),
     ],
 )  # fmt: skip
 def test_the_baselines_have_theirs(path: str, expected: dict[str, Any], data_expected: dict[str, Any]) -> None:
@@ -169,6 +176,34 @@ def test_the_baselines_have_theirs(path: str, expected: dict[str, Any], data_exp
         assert (method.critic_options.layers, method.critic_options.backup_candidates) == (5, 10)
     if path in ("iql/kitchen", "iql/adroit"):
         assert method.actor_options.dropout == 0.1
+
+
+@pytest.mark.parametrize("domain", ["locomotion", "antmaze", "adroit", "kitchen"])
+def test_crr_can_be_compared_with_edp_crr(domain: str) -> None:
+    """The same data, rewards, critics, length and, where there is an environment, evaluations."""
+    (crr, data, rollout), (edp, edp_data, edp_rollout) = (
+        settings(f"{name}/{domain}.yaml") for name in ("crr", "edp_crr")
+    )
+    stem = {"adroit": "pen"}.get(domain, edp_data["dataset"].partition("_")[0])
+    assert data["dataset"].startswith(stem) and data["dataset"][-8:] == edp_data["dataset"][-8:]  # the version too
+    for name in ("reward", "action_clip"):
+        assert data.get(name, "none") == edp_data[name]
+    for name in ("critic_options", "policy_epochs", "candidates", "beta", "bound", "lr", "grad_clip"):
+        assert getattr(crr, name) == getattr(edp, name), name
+    assert not rollout or rollout["every_n_epochs"] == edp_rollout["every_n_epochs"]
+
+
+def test_idql_clones_and_chooses() -> None:
+    """The reimplementation's table: no weight of the values in training, a sharp softmax of 256 at evaluation."""
+    method, data, _ = settings("edp_iql/idql.yaml")
+    choice, critic = method.selection, method.critic_options
+    assert (method.guide_weight, method.schedule.kind, method.schedule.num_steps) == (0, "cosine", 5)
+    assert (choice.candidates, choice.temperature, choice.critic) == (256, 1 / 50, "target")
+    assert (method.eval_sampler.name, method.eval_sampler.noise_scale, method.sampler.noise_scale) == ("ddpm", 0.5, 1.0)
+    assert (method.ema_options.decay, method.net_options.time_dim, method.lr_decay) == (0.9999, 64, "cosine")
+    assert (critic.layers, critic.activation, critic.tau, critic.grad_clip) == (2, "relu", 0.005, None)
+    assert method.expectile == 0.7
+    assert (data["normalizer"], data["reward"]) == ("gaussian", "return_range")
 
 
 # ---------------------------------------------------------------- SynthER and DyDiff

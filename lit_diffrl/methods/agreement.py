@@ -90,7 +90,7 @@ def meanings(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for group, fields in arguments.items()
         if isinstance(fields, Mapping)
         for name, value in fields.items()
-        if name in ("activation", "reward_activation", "first_tanh")
+        if name in ("activation", "reward_activation", "first_tanh", "embedding")
     }
 
 

@@ -77,6 +77,13 @@ class BC(OfflineLearner):
         self.report({"loss/actor": loss}, prog_bar=True)
         self.report({"grad_norm/actor": norm})
 
+    def draw_action(self, obs: Tensor) -> Tensor:
+        """A draw of the policy, within the box, if it is Gaussian."""
+        if self.policy == "deterministic":
+            return self.decide(obs, [])
+        mean, log_std = self.actor(obs)
+        return (mean + log_std.exp() * self.draws.randn_like(mean)).clamp(-1, 1)
+
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """The policy's action, or its mean."""
         action: Tensor = self.actor(obs) if self.policy == "deterministic" else self.actor(obs)[0]

@@ -149,6 +149,11 @@ class CRR(AdvantageWeighted):
         mean: Tensor = self.actor(obs)[0]
         return mean
 
+    def draw_action(self, obs: Tensor) -> Tensor:
+        """A draw of the policy, within the box."""
+        mean, log_std = self.actor(obs)
+        return _draw(mean, log_std, self.draws.randn_like(mean))
+
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
         """The mean of the policy, or a choice among its draws."""
         mean, log_std = self.actor(obs)

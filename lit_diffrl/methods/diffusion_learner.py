@@ -83,6 +83,12 @@ class DiffusionLearner(OfflineLearner):
                     f"model.{name}.steps is {options.steps}, but the policy has model.n_diffusion_steps "
                     f"{n_diffusion_steps}; give at most these, or null"
                 )
+        for name, options in (("sampler", self.sampler), ("eval_sampler", self.eval_sampler)):
+            if options.name == "dpm" and n_diffusion_steps < 2:
+                raise ConfigError(
+                    f"model.{name}.name 'dpm' interpolates between model.n_diffusion_steps of at least 2, got "
+                    f"{n_diffusion_steps}; use more steps, or the sampler ddpm or ddim"
+                )
         if schedule == "linear" and n_diffusion_steps <= 20:
             raise ConfigError(
                 f"model.schedule 'linear' needs model.n_diffusion_steps above 20, got {n_diffusion_steps}: its last "

@@ -149,7 +149,7 @@ class EDPIQL(WeightedEDP):
         """Networks as EDP's, and the value's."""
         super().build(spec)
         o = self.critic_options
-        self.value = ValueNet(spec.obs_dim, o.hidden, o.layers, o.activation, o.layer_norm, o.first_tanh)
+        self.value = ValueNet(spec.obs_dim, o.hidden, o.layers, o.activation, o.layer_norm, o.first_tanh, o.orthogonal)
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Adam for the critics, the policy and the value."""

@@ -139,7 +139,7 @@ class WeightedEDP(EDP):
     k = 750 of 1000): its gradient comes from the noisy steps and is many times that of the diffusion loss, which alone
     teaches the last ones (Eq. 12 leans the other way, on the first step). Signs are a ``loss/diffusion`` that stays
     above cloning's and a ``clipped`` that grows. Table 3's ``guide_weight`` of 1 belongs to the authors' 2 million
-    updates; a run of some thousands wants one of about 0.02.
+    updates; a run of some thousands wants 0.02 to 0.1.
 
     Args:
         objective: What stands for the likelihood: ``mle``, Eq. 13; ``elbo``, Eq. 12 (not with a cosine schedule); or

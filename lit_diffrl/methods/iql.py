@@ -40,8 +40,8 @@ class IQL(OfflineLearner):
     ``policy: deterministic`` (CORL on hopper-medium and -medium-replay) it is ``tanh(f(s))``, and the sum of squared
     errors over the action's entries stands for ``-log pi``.
 
-    Departures from the authors' code: layers begin as torch's do, not with orthogonal weights; each process draws
-    dropout's masks for itself.
+    Departures from the authors' code: layers begin as torch's do, not with orthogonal weights (``critic.orthogonal``
+    for critics and value); each process draws dropout's masks for itself.
 
     Logged: ``loss/value``, ``loss/actor`` (minus a log-density: falls, also below 0), ``loss/critic``, ``weight``
     (mean, 1 to 3 in the course of training), ``weight_bound`` (share at the bound; near 1 means that rewards or
@@ -95,7 +95,7 @@ class IQL(OfflineLearner):
         self.actor: DeterministicActor | GaussianActor = (
             DeterministicActor(*sizes) if self.policy == "deterministic" else GaussianActor(*sizes, shared_std=True)
         )
-        self.value = ValueNet(spec.obs_dim, c.hidden, c.layers, c.activation, c.layer_norm, c.first_tanh)
+        self.value = ValueNet(spec.obs_dim, c.hidden, c.layers, c.activation, c.layer_norm, c.first_tanh, c.orthogonal)
         self.build_critics(spec)
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -112,7 +112,7 @@ class IQL(OfflineLearner):
 
         value = self.value(batch.obs)
         value_loss = expectile_loss(least - value, self.expectile)
-        value_norm = self.descend(value_optimizer, value_loss, "value", batch)
+        value_norm = self.descend(value_optimizer, value_loss, "value", batch, self.critic_options.grad_clip)
 
         with torch.no_grad():
             now, ahead = self.value(torch.cat([batch.obs, batch.next_obs])).chunk(2)

@@ -141,7 +141,8 @@ class NoiseNetOptions:
         hidden: Width of its layers.
         layers: Hidden layers.
         time_dim: Size of the diffusion step's embedding.
-        embedding: Its frequencies and order: Diffusion-QL's (``dql``) or EDP's (``edp``).
+        embedding: Its frequencies and order: Diffusion-QL's (``dql``), EDP's (``edp``) or ``cleandiffuser``'s (whose
+            ``time_dim`` is 64). It matters for weights that come from there.
         layer_norm: Normalise hidden layers.
         init: ``torch``'s initial weights, or ``lecun`` normal ones with zero biases (EDP).
     """
@@ -149,7 +150,7 @@ class NoiseNetOptions:
     hidden: int = 256
     layers: int = 3
     time_dim: int = 16
-    embedding: Literal["dql", "edp"] = "dql"
+    embedding: Literal["dql", "edp", "cleandiffuser"] = "dql"
     layer_norm: bool = False
     init: Literal["torch", "lecun"] = "torch"
 
@@ -157,7 +158,12 @@ class NoiseNetOptions:
         check_range("net.hidden", self.hidden, 1)
         check_range("net.layers", self.layers, 1)
         check_range("net.time_dim", self.time_dim, 4)
-        check_choice("net.embedding", self.embedding, ("dql", "edp"))
+        if self.time_dim % 2:
+            raise ConfigError(
+                f"net.time_dim is {self.time_dim}, but half of the step's embedding are sines and half cosines: use an "
+                f"even size, e.g. {self.time_dim + 1}"
+            )
+        check_choice("net.embedding", self.embedding, ("dql", "edp", "cleandiffuser"))
         check_choice("net.init", self.init, ("torch", "lecun"))
 
 
@@ -171,7 +177,7 @@ class CriticOptions:
         activation: ``mish``, ``relu`` or ``silu``.
         layer_norm: Normalise hidden layers: a stability aid the originals lack.
         first_tanh: Tanh after the first hidden layer; with ``layer_norm`` these are CleanDiffuser's critics.
-        orthogonal: Orthogonal initial weights (CQL) instead of torch's.
+        orthogonal: Orthogonal initial weights (CQL, IQL) instead of torch's, of IQL's state value too.
         lr: Learning rate of AdamW.
         weight_decay: Its decay of the weights (0 in EDP's code and all others: Adam).
         grad_clip: Largest norm of the gradient; null for no limit.

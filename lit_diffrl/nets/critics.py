@@ -122,6 +122,7 @@ class ValueNet(nn.Module):
         activation: str = "mish",
         layer_norm: bool = False,
         first_tanh: bool = False,
+        orthogonal: bool = False,
     ) -> None:
         """Create the layers; arguments as :class:`TwinQ`."""
         super().__init__()
@@ -129,6 +130,11 @@ class ValueNet(nn.Module):
         self.net = MLP((obs_dim, *[hidden] * layers, 1), activation, layer_norm=layer_norm)
         if first_tanh:
             self.net[2 if layer_norm else 1] = nn.Tanh()
+        if orthogonal:
+            *hidden_layers, head = [layer for layer in self.net if isinstance(layer, nn.Linear)]
+            for layer in hidden_layers:
+                _orthogonal(layer, math.sqrt(2))
+            _orthogonal(head, 0.01)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Values ``(B,)`` of states ``(B, S)``, float32 or better."""
@@ -158,8 +164,8 @@ class EnsembleNorm(nn.Module):
 
 @torch.no_grad()
 def _orthogonal(layer: nn.Module, gain: float) -> None:
-    assert isinstance(layer, EnsembleLinear)
-    for weight in layer.weight:
+    assert isinstance(layer, EnsembleLinear | nn.Linear)
+    for weight in layer.weight if isinstance(layer, EnsembleLinear) else [layer.weight]:
         nn.init.orthogonal_(weight, gain)
     nn.init.zeros_(layer.bias)
 

@@ -12,7 +12,7 @@ from small_learners import OBS, at_each_step, batch, built
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from lit_diffrl.methods import CRR
+from lit_diffrl.methods import BC, CRR
 from lit_diffrl.methods.losses import crr_weights
 
 
@@ -123,6 +123,21 @@ def test_the_mean_acts_or_the_best_of_the_policys_draws() -> None:
     np.testing.assert_allclose(actions[1], math.tanh(0.5), rtol=1e-5)
     lengths = np.linalg.norm(actions[100], axis=1)
     assert lengths.max() < 0.3 and len({float(x) for x in lengths}) == 3, "each row has draws of its own"
+
+
+@pytest.mark.parametrize(("kind", "options"), [(CRR, {}), (BC, {"policy": "gaussian"})])
+def test_a_draw_is_one_of_the_policys_own_in_the_box(kind: Any, options: dict[str, Any]) -> None:
+    method, obs = built(kind, **options), batch(4000).obs
+    with torch.no_grad():
+        mean, log_std = method.actor(obs)
+        drawn = method.draw_action(obs)
+    assert float(drawn.abs().max()) <= 1
+    u = ((drawn - mean) / log_std.exp())[drawn.abs() < 1]
+    inside = Normal(0.0, 1.0)
+    low, high = ((edge - mean) / log_std.exp() for edge in (-1.0, 1.0))
+    expected = (inside.cdf(high) - inside.cdf(low)).mean()
+    assert float((drawn.abs() < 1).double().mean()) == pytest.approx(float(expected), abs=0.02)
+    assert float(u.std()) > 0.3
 
 
 def test_a_choice_depends_on_an_episodes_seed_alone() -> None:

@@ -310,11 +310,24 @@ def test_episodes_do_not_depend_on_their_neighbours() -> None:
         (EDPIQL, {"expectile": 1.0}, "expectile"),
         (EDPCRR, {"objective": "elba"}, "did you mean 'elbo'"),
         (DiffusionQL, {"critic": {"backup_top_k": 2}}, "backup_top_k"),
+        (EDPIQL, {"n_diffusion_steps": 1, "schedule": "vp", "sampler": {"name": "dpm"}}, "sampler.name 'dpm'.* got 1"),
+        (DiffusionQL, {"net": {"time_dim": 5}}, "net.time_dim is 5.*e.g. 6"),
     ],
 )
 def test_what_makes_no_sense_is_refused(kind: type[DiffusionLearner], options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         kind(**{**SMALL, **options})
+
+
+def test_a_checkpoint_of_another_embedding_is_refused() -> None:
+    """Its weights have the same shapes, so that they would load and denoise to nonsense."""
+    dql, edp = ({"hidden": 32, "embedding": name} for name in ("dql", "edp"))
+    method = built(EDPTD3, net=dql)
+    checkpoint = {"epoch": 0, "state_dict": method.state_dict(), "hyper_parameters": dict(method.hparams)}
+    method.on_save_checkpoint(checkpoint)
+    built(EDPTD3, net=dql).on_load_checkpoint(checkpoint)
+    with pytest.raises(ConfigError, match="model.net.embedding: checkpoint 'dql', now 'edp'"):
+        built(EDPTD3, net=edp).on_load_checkpoint(checkpoint)
 
 
 # ---------------------------------------------------------------- the bandit

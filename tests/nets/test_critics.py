@@ -120,6 +120,18 @@ def test_orthogonal_critics_are_orthogonal_each() -> None:
     assert not torch.equal(net.layers[0].weight[0], net.layers[0].weight[1])
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_orthogonal_values_are_too(layer_norm: bool) -> None:
+    first, second, head = [
+        layer for layer in ValueNet(S, hidden=16, layers=2, layer_norm=layer_norm, orthogonal=True).net
+        if isinstance(layer, torch.nn.Linear)
+    ]  # fmt: skip
+    torch.testing.assert_close(first.weight.t() @ first.weight, 2 * torch.eye(S), rtol=0, atol=1e-5)
+    torch.testing.assert_close(second.weight @ second.weight.t(), 2 * torch.eye(16), rtol=0, atol=1e-5)
+    assert head.weight.norm().item() == pytest.approx(0.01, rel=1e-5)
+    assert not any(layer.bias.any() for layer in (first, second, head))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_values_are_single_precision_or_better(dtype: torch.dtype) -> None:
     net, value = TwinQ(S, A, hidden=8).to(dtype), ValueNet(S, hidden=8).to(dtype)
@@ -129,6 +141,24 @@ def test_values_are_single_precision_or_better(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = TwinQ(S, A, hidden=8)(obs.float(), action.float()), ValueNet(S, hidden=8)(obs.float())
     assert all(v.dtype == torch.float32 for v in found)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_values_and_gradients_are_those_of_single_precision(
+    dtype: torch.dtype, layer_norm: bool
+) -> None:
+    torch.manual_seed(0)
+    net = TwinQ(S, A, hidden=32, activation="relu", layer_norm=layer_norm)
+    obs, action = torch.randn(64, S), torch.randn(64, 4, A)
+    plain = net(obs, action)
+    with torch.autocast("cpu", dtype):
+        mixed = net(obs, action)
+    torch.testing.assert_close(mixed, plain, rtol=0, atol=0.05)
+    parameters = list(net.parameters())
+    for a, b in zip(*(torch.autograd.grad(q.square().mean(), parameters) for q in (mixed, plain))):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05 * float(b.abs().max()) + 1e-3)
 
 
 @pytest.mark.parametrize("members", [None, slice(1, 3)])
