@@ -83,7 +83,7 @@ def test_draw_transitions(benchmark: Any, hopper: WindowData) -> None:
 
 
 def time_update(benchmark: Any, kind: type[Method], data: WindowData, phase: str, arguments: dict[str, Any]) -> None:
-    """Fit with one update per phase and repeat that of ``phase``: with optimizer, EMA and logs, without the loop."""
+    """Fit with one update per phase and repeat that of ``phase``: with optimizer and EMA, without loop and logs."""
 
     class Timed(kind):  # type: ignore[valid-type, misc]
         def training_step(self, batch: Any, batch_idx: int) -> None:
