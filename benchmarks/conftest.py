@@ -24,6 +24,10 @@ U = pytest.StashKey[float]()
 ROWS = pytest.StashKey[list[tuple[str, float, str]]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bf16", action="store_true", help="networks in bfloat16, as under bf16-mixed; u stays float32")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[U], config.stash[ROWS] = float("inf"), []
 
@@ -115,7 +119,8 @@ def row(
             stash[U] = min(stash[U], timer() - start)
 
     measure()
-    yield
+    with torch.autocast("cpu", torch.bfloat16, enabled=request.config.getoption("bf16")):
+        yield
     measure()
     if benchmark.stats is not None:  # None under --benchmark-disable
         label = benchmark.extra_info.get("label", request.node.name)

@@ -68,14 +68,14 @@ def built(kind: type[Any], data: TransitionData | None = None, **options: Any) -
     return method
 
 
-def fit(method: Any, updates: int = 3, data: TransitionData | None = None) -> Any:
+def fit(method: Any, updates: int = 3, data: TransitionData | None = None, **options: Any) -> Any:
     """Train all phases, ``updates`` an epoch."""
     data = data or linear_bandit(64)
     data.updates_per_epoch = updates
     seed_everything(0, verbose=False)
     trainer = Trainer(
         max_epochs=method.total_epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **options,
     )  # fmt: skip
     trainer.fit(method, datamodule=data)
     return method.eval()

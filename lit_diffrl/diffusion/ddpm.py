@@ -57,14 +57,13 @@ def sample_ddpm(
         # Mean of q(x_next | x_k, x0_hat)
         x0_hat = denoise(x, rows(k, x))
         c1, c2, var = schedule.posterior(k, k_next)
-        beta = 1 - schedule.value("alpha_bar", k) / schedule.value("alpha_bar", k_next)
         if variance == "beta" and k_next > 0:
-            var = beta
+            var = schedule.jump_beta(k, k_next)
         mean = c1 * x0_hat + c2 * x
         if mean_shift is not None:
             mean = mean_shift(mean, x0_hat, k, var)
 
         if k_next == 0 and final_noise:
-            var = beta
+            var = schedule.jump_beta(k, k_next)
         x = project(mean + math.sqrt(var) * randn(x) if var > 0 else mean)
     return x

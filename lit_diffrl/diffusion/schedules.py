@@ -201,6 +201,10 @@ class Schedule(nn.Module):
             self._posteriors[k, k_next] = c1.item(), c2.item(), variance.item()
         return self._posteriors[k, k_next]
 
+    def jump_beta(self, k: int, k_next: int) -> float:
+        """Variance of the forward jump from ``k_next`` to ``k``: ``beta_k`` where they are neighbours."""
+        return 1 - self.value("alpha_bar", k) / self.value("alpha_bar", k_next)
+
     def exact(self, name: str) -> Tensor:
         """A table in float64 on the CPU, whatever the module was cast to."""
         return self._exact[name]

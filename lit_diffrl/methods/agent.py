@@ -40,9 +40,12 @@ class Agent(LightningModule):
         spec: The dataset's description, with the bounds and normalisers that acting needs; None before networks exist.
         offline_loss: Loss by which its checkpoints can be chosen without a simulator (``rollout.select offline``):
             under this name ``training_step`` returns it; None where there is none.
+        acts_by_gradient: Whether choosing an action differentiates, as guidance does; what does not acts in inference
+            mode, which takes a twelfth off Diffusion-QL's decision.
     """
 
     offline_loss: ClassVar[str | None] = None
+    acts_by_gradient: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +114,7 @@ class Agent(LightningModule):
         rows = np.arange(len(state)) if active is None else np.flatnonzero(np.asarray(active, dtype=bool))
         action = np.zeros((len(state), self.spec.action_dim), dtype=np.float32)
         if len(rows):
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(not self.acts_by_gradient), torch.no_grad():
                 chosen = self.choose_action(
                     self.to_own(state[rows]), None if goal is None else self.to_own(goal[rows]), rows.tolist()
                 )

@@ -123,8 +123,8 @@ class DiffusionPolicy(nn.Module):
         net = self.net.given(obs, [k - 1 for k in schedule.time_grid(options.steps)])
 
         def denoise(x: Tensor, k: Tensor) -> Tensor:
-            # All rows are at one step, whose embedding is computed once.
-            x0_hat = schedule.x0_from_eps(x, k, scale * net(x, k[:1] - 1).to(x.dtype))
+            one = k[:1]  # all rows are at this step, whose embedding is computed once
+            x0_hat = schedule.x0_from_eps(x, one, scale * net(x, one - 1).to(x.dtype))
             return x0_hat.clamp(-1, 1) if options.clip else x0_hat
 
         if options.name == "ddim":

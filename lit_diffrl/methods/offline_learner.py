@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ class OfflineLearner(Method):
         target_critic: Their slowly following copy, ``target_critic.net``.
     """
 
+    acts_by_gradient: ClassVar[bool] = False
     critic_options: CriticOptions
     critic: TwinQ
     target_critic: EMA

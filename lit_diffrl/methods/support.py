@@ -83,4 +83,5 @@ def in_chunks(
 def chunk_noise(number: int, rows: slice, shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise ``(rows, *shape)`` of a chunk: a function of the run's seed, on every device the same."""
     generator = torch.Generator().manual_seed(mix_seed(global_seed(), number, rows.start, rows.stop, PURPOSE))
-    return torch.randn((rows.stop - rows.start, *shape), generator=generator)
+    # float32 whatever the default is, which the Trainer changes under 64-true
+    return torch.randn((rows.stop - rows.start, *shape), generator=generator, dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class SupportLearner(OfflineLearner):
         support: ``(states, K, A)`` the actions.
     """
 
+    acts_by_gradient: ClassVar[bool] = True
     sampler: SolverOptions
     support_options: SupportOptions
     states: States | None = None
@@ -55,10 +57,14 @@ class SupportLearner(OfflineLearner):
         self.support = self.for_all_states(shape, draw, f"drawing {shape[0]} support actions")
 
     def for_all_states(self, shape: tuple[int, ...], compute: Callable[[int, slice], Tensor], what: str) -> Tensor:
-        """Compute ``(states, *shape)``, each process a part of it; arguments as :func:`in_chunks`."""
+        """Compute ``(states, *shape)``, each process a part of it, in the precision of the updates.
+
+        Arguments as :func:`in_chunks`.
+        """
         assert self.states is not None
         share = Place(0, 0, self.global_rank, self.trainer.world_size)
-        part = in_chunks(self.states.obs, shape, share, compute, what)
+        with self.trainer.precision_plugin.forward_context():
+            part = in_chunks(self.states.obs, shape, share, compute, what)
         whole: Tensor = self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[assignment]
         return whole
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EXACT = (torch.float32, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
 PIECE = 2**18  # entries worked on at once: what lies in between stays in the cache
 ONE = {dtype: torch.ones((), dtype=dtype) for dtype in EXACT}
 
@@ -20,17 +22,19 @@ def mish(x: Tensor) -> Tensor:
     torch computes it by an exponential, a logarithm and a tanh, of which only the first is fast on a CPU: an actor's
     network then spends half of its time here. With s = sigmoid(x) and p = s (2 - s), tanh(softplus(x)) is p / (2 - p):
     the same function to a few units in the last place in a fifth of the time. The derivative costs little beside the
-    value, so that it is computed with it and kept. On other devices, and in half precision, where each step would
-    round, torch's own kernel runs.
+    value, so that it is computed with it and kept. Half precision is worked on in float32 and rounded once, at the end.
+    On other devices torch's own kernel runs.
 
     Args:
         x: Any shape, floating point.
     """
-    if x.device.type != "cpu" or x.dtype not in EXACT or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.dtype not in (*EXACT, *HALF) or torch.compiler.is_compiling():
         return F.mish(x)
     if x.requires_grad and torch.is_grad_enabled():
         found: Tensor = _Mish.apply(x)  # type: ignore[no-untyped-call]
         return found
+    if x.numel() <= PIECE and x.dtype in EXACT:
+        return _value(x)
     return _in_pieces(_value, x)[0]
 
 
@@ -62,26 +66,37 @@ class _Mish(torch.autograd.Function):
         return grad * slope
 
 
-def _value(x: Tensor, out: Tensor) -> None:
+def _value(x: Tensor, out: Tensor | None = None) -> Tensor:
     s = torch.sigmoid(x, out=out)
     p = s.lerp_(ONE[x.dtype], s)  # s + s (1 - s): exact in the tail, where 1 - (1 - s)^2 is not
-    p.div_(2 - p).mul_(x)
+    return p.div_(torch.rsub(p, 2)).mul_(x)  # the operator would take a detour through Python
 
 
-def _value_and_slope(x: Tensor, out: Tensor, slope: Tensor) -> None:
+def _value_and_slope(x: Tensor, out: Tensor, slope: Tensor) -> Tensor:
     """With q = 1 - s and d = 1 + q^2, tanh(softplus(x)) is t = s (1 + q) / d and the slope t + 4 x s (q / d)^2."""
     s = torch.sigmoid(x)
-    q = 1 - s
+    q = torch.rsub(s, 1)
     t = torch.addcmul(s, s, q, out=out)
     d = torch.addcmul(ONE[x.dtype], q, q, out=slope)
     t.div_(d)
     q.div_(d).square_()
     torch.addcmul(t, s.mul_(x), q, value=4, out=slope)
-    t.mul_(x)
+    return t.mul_(x)
 
 
-def _in_pieces(function: Callable[..., None], x: Tensor, outputs: int = 1) -> list[Tensor]:
+def _in_float(function: Callable[..., object], x: Tensor, *outputs: Tensor) -> None:
+    """Call an elementwise function on numbers of half precision in float32."""
+    exact = x.float()
+    found = [torch.empty_like(exact) for _ in outputs]
+    function(exact, *found)
+    for half, full in zip(outputs, found):
+        half.copy_(full)
+
+
+def _in_pieces(function: Callable[..., object], x: Tensor, outputs: int = 1) -> list[Tensor]:
     """Fill ``outputs`` tensors like x by an elementwise function, piece by piece."""
+    if x.dtype in HALF:
+        function = partial(_in_float, function)
     if x.numel() <= PIECE:
         filled = [torch.empty_like(x) for _ in range(outputs)]
         function(x, *filled)

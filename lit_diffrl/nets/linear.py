@@ -42,14 +42,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
-    if not (x.numel() * len(weight) > WORTH and fits(x, weight) and _dense(x) and _dense(weight)):
+    if not (x.numel() * weight.shape[0] > WORTH and fits(x, weight) and _dense(x) and _dense(weight)):
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if learns(x, weight, bias):
         out: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     else:
         out = _product(rows, weight, bias)
-    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], len(weight))
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -151,6 +151,24 @@ def test_actions_are_in_the_box_and_the_same_for_the_same_state(kind: type[Any])
     np.testing.assert_allclose(action[3], method.act(obs[3]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_acting_keeps_no_graph_and_hinders_no_later_update(kind: type[Any]) -> None:
+    seen: list[bool] = []
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def choose_action(self, *args: Any) -> torch.Tensor:
+            chosen: torch.Tensor = super().choose_action(*args)
+            seen.append(chosen.is_inference())
+            return chosen
+
+    method, other = built(Watched), built(kind)
+    given = torch.zeros(3, OBS)
+    assert not method.act(given).is_inference() and seen == [True]
+    for m in (method, other):
+        m.training_step(batch(), 0)
+    assert same(weights(method), weights(other))
+
+
 @pytest.mark.parametrize("scale", [None, 1024.0])
 @pytest.mark.parametrize("kind", WITH_CRITICS)
 def test_each_critic_is_clipped_by_itself_where_asked(

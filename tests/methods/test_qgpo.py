@@ -71,6 +71,28 @@ def test_labels_computed_once_are_those_of_every_update() -> None:
     assert len(seen) == 3 and max(map(float, seen)) < 1e-5
 
 
+def test_support_actions_are_drawn_and_judged_in_the_precision_of_the_updates() -> None:
+    seen: set[tuple[str, bool]] = set()
+
+    class Watched(QGPO):
+        def draw_actions(self, *args: Any) -> torch.Tensor:
+            seen.add(("draw", torch.is_autocast_enabled("cpu")))
+            return super().draw_actions(*args)
+
+        def least_q(self, *args: Any, **options: Any) -> torch.Tensor:
+            seen.add(("judge", torch.is_autocast_enabled("cpu")))
+            return super().least_q(*args, **options)
+
+    found = []
+    for precision, mixed in (("32-true", False), ("bf16-mixed", True)):
+        found.append(fit(small(Watched), precision=precision).support)
+        assert seen == {("draw", mixed), ("judge", mixed)}
+        seen.clear()
+    exact, rounded = found
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 0 < float((exact - rounded).abs().max()) < 0.03 * float(exact.abs().max())
+
+
 def prepared(**options: Any) -> tuple[Any, PolicyBatch, torch.Tensor]:
     """A learner with support actions, and a batch of states of its own."""
     method = built(QGPO, **options)

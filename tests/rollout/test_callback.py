@@ -301,3 +301,21 @@ def test_video_and_maze_pictures_reach_disk_and_tensorboard(toy_spec, tmp_path):
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         RolloutEvaluation(**options)
+
+
+def test_acting_follows_the_precision_of_the_trainer_where_asked(toy_spec, tmp_path):
+    seen = []
+
+    class Watched(Learner):
+        def act(self, obs, active=None):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().act(obs, active)
+
+    for mixed in (False, True):
+        rollout = RolloutEvaluation(episodes=1, num_envs=1, mixed=mixed)
+        trainer(tmp_path / str(mixed), rollout, epochs=1, precision="bf16-mixed").fit(Watched(toy_spec()))
+        assert set(seen) == {mixed}
+        seen.clear()
+    with pytest.raises(ConfigError, match=r"rollout.mixed .* --trainer.precision is 32-true; give bf16-mixed"):
+        trainer(tmp_path / "refused", RolloutEvaluation(mixed=True)).fit(Watched(toy_spec()))
+    assert not seen
