@@ -50,11 +50,11 @@ def guided_eps(
         scale = over_rows(scale, eps)
     if isinstance(sigma, Tensor) and sigma.dim() > 0:
         sigma = over_rows(sigma, eps)
-    term = sigma * grad
     if rescale == "term":
+        term = sigma * grad
         guided = eps - scale * term * (_length(eps) / (_length(term) + 1e-8))
         return guided.to(eps.dtype)
-    guided = eps - scale * term
+    guided = eps - scale * sigma * grad
     if rescale == "batch":
         guided = guided * (eps.norm() / (guided.norm() + 1e-8))
     elif rescale:
@@ -95,7 +95,9 @@ def guide(
         eps = eps_model(x, t).to(x.dtype)
         if t_max < 1 and t.item() > t_max:
             return eps
-        return guided_eps(eps, gradient(x, t), sde.sigma(t), scale, rescale)
+        # a number costs less than a tensor of one, but on a GPU it would have to be waited for
+        sigma = sde.sigma(t.item()) if t.device.type == "cpu" and len(t) == 1 else sde.sigma(t)
+        return guided_eps(eps, gradient(x, t), sigma, scale, rescale)
 
     return guided
 

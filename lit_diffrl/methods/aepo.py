@@ -103,6 +103,7 @@ class AEPO(AEPOCritics):
         check_choice("model.schedule", schedule, ("sequential", "joint"))
         check_choice("model.guidance", guidance, ("network", "closed_form"))
         self.schedule, self.guidance = schedule, guidance
+        self.acts_by_gradient = guidance == "closed_form"  # the network's gradient is written out
         self.posterior_options = as_options(PosteriorOptions(), posterior)
         self.target_options = as_options(TargetOptions(), target)
         super().__init__(energy=as_options(AEPO_ENERGY, energy), **kwargs)

@@ -40,12 +40,12 @@ class Agent(LightningModule):
         spec: The dataset's description, with the bounds and normalisers that acting needs; None before networks exist.
         offline_loss: Loss by which its checkpoints can be chosen without a simulator (``rollout.select offline``):
             under this name ``training_step`` returns it; None where there is none.
-        acts_by_gradient: Whether choosing an action differentiates, as guidance does; what does not acts in inference
-            mode, which takes a twelfth off Diffusion-QL's decision.
+        acts_by_gradient: Whether choosing an action asks autograd; what does not acts in inference mode, which takes a
+            twelfth off Diffusion-QL's decision.
     """
 
     offline_loss: ClassVar[str | None] = None
-    acts_by_gradient: ClassVar[bool] = True
+    acts_by_gradient: bool = True
 
     def __init__(self) -> None:
         super().__init__()

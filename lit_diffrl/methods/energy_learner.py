@@ -256,7 +256,7 @@ class EnergyLearner(SupportLearner):
     def guidance_of(self, obs: Tensor, asked: Sequence[float]) -> Gradient:
         """The gradient of the energy in states ``(B, S)``, at times that will be asked for."""
         gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
-        return lambda x, t: unit * gradient(x, t)
+        return gradient if unit == 1 else lambda x, t: unit * gradient(x, t)
 
     def draw_actions(self, obs: Tensor, noise: Tensor, options: SolverOptions, acting: tuple[float, bool]) -> Tensor:
         """Denoise actions, under guidance if its degree is not 0.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -28,7 +26,7 @@ class OfflineLearner(Method):
         target_critic: Their slowly following copy, ``target_critic.net``.
     """
 
-    acts_by_gradient: ClassVar[bool] = False
+    acts_by_gradient = False
     critic_options: CriticOptions
     critic: TwinQ
     target_critic: EMA

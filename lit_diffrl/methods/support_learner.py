@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ class SupportLearner(OfflineLearner):
         support: ``(states, K, A)`` the actions.
     """
 
-    acts_by_gradient: ClassVar[bool] = True
     sampler: SolverOptions
     support_options: SupportOptions
     states: States | None = None

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 EXACT = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
-PIECE = 2**18  # entries worked on at once: what lies in between stays in the cache
+PIECE = 2**20  # entries worked on at once: what lies in between stays in the cache
 ONE = {dtype: torch.ones((), dtype=dtype) for dtype in EXACT}
 
 

@@ -277,7 +277,7 @@ def _looked_up(table: dict[float, Tensor], embed: Callable[[Tensor], Tensor], t:
 def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
     s = torch.sigmoid(z)
     h = z * s
-    return h, torch.addcmul(s, h, 1 - s)
+    return h, torch.addcmul(s, h, torch.rsub(s, 1))
 
 
 def _relu(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ class NoiseNet(nn.Module):
         if x.dim() == 2:
             h = torch.addmm(others, x, self._first.weight[:, self.columns["action"]].t())
         else:
-            h = self._part("action", x) + others
+            h = self._part("action", x).add_(others)
         _, *layers = self.net
         for layer in layers:
             h = layer(h)
