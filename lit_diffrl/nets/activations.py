@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_diffrl.nets.linear import HALF
+
 EXACT = (torch.float32, torch.float64)
-HALF = (torch.bfloat16, torch.float16)
 PIECE = 2**20  # entries worked on at once: what lies in between stays in the cache
 ONE = {dtype: torch.ones((), dtype=dtype) for dtype in EXACT}
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lit_diffrl.errors import check_choice, check_range
 from lit_diffrl.nets.activations import ACTIVATIONS
 from lit_diffrl.nets.ensemble import EnsembleLinear, Members
-from lit_diffrl.nets.linear import batched_linear
+from lit_diffrl.nets.linear import batched_linear, unrounded
 from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.relu_blocks import relu_perceptrons, worth_blocks
 
@@ -91,7 +91,7 @@ class TwinQ(nn.Module):
             h = h if i == 0 else layer(h, members)
             h = self.norms[i](h, members) if self.norms else h
             h = self.activation(h) if i else self.first_activation(h)
-        q = _promoted(self.head(h, members))
+        q = unrounded(self.head, h, members)
         return q.reshape(len(q), *action.shape[:-1])
 
     @property
@@ -138,7 +138,11 @@ class ValueNet(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Values ``(B,)`` of states ``(B, S)``, float32 or better."""
-        return _promoted(self.net(obs)).squeeze(-1)
+        *hidden, head = self.net
+        h = obs
+        for layer in hidden:
+            h = layer(h)
+        return unrounded(head, h).squeeze(-1)
 
 
 class EnsembleNorm(nn.Module):
@@ -168,7 +172,3 @@ def _orthogonal(layer: nn.Module, gain: float) -> None:
     for weight in layer.weight if isinstance(layer, EnsembleLinear) else [layer.weight]:
         nn.init.orthogonal_(weight, gain)
     nn.init.zeros_(layer.bias)
-
-
-def _promoted(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

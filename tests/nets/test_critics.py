@@ -161,6 +161,22 @@ def test_under_autocast_values_and_gradients_are_those_of_single_precision(
         torch.testing.assert_close(a, b, rtol=0, atol=0.05 * float(b.abs().max()) + 1e-3)
 
 
+@pytest.mark.parametrize("activation", ["relu", "mish"])
+def test_large_values_keep_the_differences_between_them_under_autocast(activation: str) -> None:
+    """Rounded to bfloat16 all of them would be one number: the next to 300 is 302."""
+    torch.manual_seed(0)
+    net, value = TwinQ(S, A, hidden=32, activation=activation), ValueNet(S, hidden=32, activation=activation)
+    with torch.no_grad():
+        net.head.bias.fill_(300.0)
+        value.net[-1].bias.fill_(300.0)
+    obs, action = torch.randn(64, S), torch.randn(64, 4, A)
+    plain = net(obs, action), value(obs)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = net(obs, action), value(obs)
+    for a, b in zip(mixed, plain):
+        assert 0 < float((a - b).abs().max()) < 0.05 * float(b.std())
+
+
 @pytest.mark.parametrize("members", [None, slice(1, 3)])
 def test_each_member_is_normalised_with_its_own_scale_and_shift(members: slice | None) -> None:
     torch.manual_seed(0)

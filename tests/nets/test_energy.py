@@ -160,6 +160,18 @@ def test_energies_are_single_precision_under_autocast() -> None:
     assert energy.dtype == torch.float32 and energy.isfinite().all()
 
 
+def test_large_energies_keep_the_differences_between_them_under_autocast() -> None:
+    torch.manual_seed(0)
+    net = EnergyNet(STATES, ACTIONS, hidden=32)
+    with torch.no_grad():
+        net.net[-1].bias.fill_(300.0)
+    x, obs, t = torch.randn(64, ACTIONS), torch.randn(64, STATES), torch.rand(64)
+    plain = net(x, t, obs)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = net(x, t, obs)
+    assert 0 < float((mixed - plain).abs().max()) < 0.05 * float(plain.std())
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
