@@ -103,7 +103,6 @@ class AEPO(AEPOCritics):
         check_choice("model.schedule", schedule, ("sequential", "joint"))
         check_choice("model.guidance", guidance, ("network", "closed_form"))
         self.schedule, self.guidance = schedule, guidance
-        self.acts_by_gradient = guidance == "closed_form"  # the network's gradient is written out
         self.posterior_options = as_options(PosteriorOptions(), posterior)
         self.target_options = as_options(TargetOptions(), target)
         super().__init__(energy=as_options(AEPO_ENERGY, energy), **kwargs)
@@ -165,6 +164,11 @@ class AEPO(AEPOCritics):
         self._tabulated = False  # whether posterior and scale are known: on the host, for no update to wait for
         # nan until it is measured
         self.register_buffer("target_scale", torch.tensor(math.nan if scale == "auto" else float(scale)))
+
+    @property
+    def acts_by_gradient(self) -> bool:
+        """Only guided by the closed form: the gradient of the network is written out."""
+        return self.guidance == "closed_form"
 
     @property
     def guidance_unit(self) -> float:

@@ -40,12 +40,9 @@ class Agent(LightningModule):
         spec: The dataset's description, with the bounds and normalisers that acting needs; None before networks exist.
         offline_loss: Loss by which its checkpoints can be chosen without a simulator (``rollout.select offline``):
             under this name ``training_step`` returns it; None where there is none.
-        acts_by_gradient: Whether choosing an action asks autograd; what does not acts in inference mode, which takes a
-            twelfth off Diffusion-QL's decision.
     """
 
     offline_loss: ClassVar[str | None] = None
-    acts_by_gradient: bool = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +53,14 @@ class Agent(LightningModule):
     def can_act(self) -> bool:
         """Whether the acting networks have been trained at all; before that no rollout is worth its time."""
         return self.spec is not None
+
+    @property
+    def acts_by_gradient(self) -> bool:
+        """Whether choosing an action asks autograd; what does not acts in inference mode.
+
+        That takes a twelfth off Diffusion-QL's decision.
+        """
+        return True
 
     def variants(self) -> list[Variant]:
         """Ways to act that ``test`` shall compare, the first of them the usual one; none where there is only that."""

@@ -26,7 +26,6 @@ class OfflineLearner(Method):
         target_critic: Their slowly following copy, ``target_critic.net``.
     """
 
-    acts_by_gradient = False
     critic_options: CriticOptions
     critic: TwinQ
     target_critic: EMA
@@ -54,6 +53,11 @@ class OfflineLearner(Method):
                 f"{type(self).__name__} learns from transitions: --data TransitionData, got {type(data).__name__}"
             )
         super().setup(stage)
+
+    @property
+    def acts_by_gradient(self) -> bool:
+        """No: policies are asked, not differentiated."""
+        return False
 
     @property
     def can_act(self) -> bool:
