@@ -53,7 +53,9 @@ class GaussianNormalizer:
         return x * self.std + self.mean
 
     def _follow(self, x: Tensor) -> None:
-        self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
+        if self.mean.device != x.device:
+            with torch.inference_mode(False):  # where training may differentiate later
+                self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
 
     def state(self) -> dict[str, Any]:
         """Plain types, for :func:`normalizer_from_state`."""
@@ -92,7 +94,9 @@ class LimitsNormalizer:
         return ((x.clamp(-1, 1) + 1) / 2 * self._range + self.low).clamp(self.low, self.high)
 
     def _follow(self, x: Tensor) -> None:
-        self.low, self.high, self._range = (t.to(x.device) for t in (self.low, self.high, self._range))
+        if self.low.device != x.device:
+            with torch.inference_mode(False):  # where training may differentiate later
+                self.low, self.high, self._range = (t.to(x.device) for t in (self.low, self.high, self._range))
 
     def state(self) -> dict[str, Any]:
         """Plain types, for :func:`normalizer_from_state`."""

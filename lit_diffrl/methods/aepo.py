@@ -166,11 +166,6 @@ class AEPO(AEPOCritics):
         self.register_buffer("target_scale", torch.tensor(math.nan if scale == "auto" else float(scale)))
 
     @property
-    def acts_by_gradient(self) -> bool:
-        """Only guided by the closed form: the gradient of the network is written out."""
-        return self.guidance == "closed_form"
-
-    @property
     def guidance_unit(self) -> float:
         """The energy network learns the energy divided by this."""
         return float(self.target_scale)

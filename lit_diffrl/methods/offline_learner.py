@@ -56,7 +56,7 @@ class OfflineLearner(Method):
 
     @property
     def acts_by_gradient(self) -> bool:
-        """No: policies are asked, not differentiated."""
+        """No: policies are asked, not differentiated, and guidance that asks autograd leaves inference mode itself."""
         return False
 
     @property

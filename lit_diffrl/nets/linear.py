@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HALF = (torch.bfloat16, torch.float16)
 WORTH = 2**19  # multiplications from which on the other product is the faster one
 
 
@@ -76,6 +75,24 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return _batched_product(x, weight, bias)
 
 
+def unrounded(layer: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """Apply the last layer of a value or an energy in float32 under autocast; float32 or better always.
+
+    What matters are the differences between actions, and they are small beside the values: bfloat16 knows none but
+    every second number from 256 on, and next to 75 steps of 0.5.
+
+    Args:
+        layer: Called with ``x`` and ``args``.
+        x: The last hidden layer.
+        args: Passed on.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return layer(x.to(torch.promote_types(x.dtype, torch.float32)), *args)
+    out = layer(x, *args)
+    return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` by :func:`linear`."""
 
@@ -115,24 +132,6 @@ class _BatchedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = batched_linear(x.mT, grad)
         return grad_x, grad_weight, grad.sum(1, keepdim=True) if ctx.needs_input_grad[2] else None
-
-
-def unrounded(layer: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-    """Apply the last layer of a value or an energy in float32 under autocast; float32 or better always.
-
-    What matters are the differences between actions, and they are small beside the values: bfloat16 knows none but
-    every second number from 256 on, and next to 75 steps of 0.5.
-
-    Args:
-        layer: Called with ``x`` and ``args``.
-        x: The last hidden layer.
-        args: Passed on.
-    """
-    if x.dtype in HALF and torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return layer(x.float(), *args)
-    out = layer(x, *args)
-    return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

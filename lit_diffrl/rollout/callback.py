@@ -58,8 +58,8 @@ class RolloutEvaluation(Callback):
             simulator, the one that ``eval/loss`` chooses (``offline``, Diffusion-QL's own; diffusion policies alone).
         select_rank: Rank by that loss of the evaluation that ``offline`` takes, 0 the least: Diffusion-QL's ``top_k``.
         early_stop: End the run at the first evaluation whose ``eval/loss`` is above that of the one before.
-        mixed: Act in the Trainer's mixed precision too, rather than in float32; where many actions are denoised at once
-            that is faster.
+        mixed: Act in the Trainer's mixed precision too, rather than in that of the weights; where many actions are
+            denoised at once that is faster.
         test_episodes: Episodes of ``test``.
         test_seed: Seed of the first episode of ``test``.
     """
@@ -116,7 +116,7 @@ class RolloutEvaluation(Callback):
         if self.mixed and not trainer.precision.endswith("-mixed"):
             raise ConfigError(
                 f"rollout.mixed acts in the Trainer's mixed precision, but --trainer.precision is {trainer.precision}; "
-                "give bf16-mixed or 16-mixed, or leave rollout.mixed away"
+                "give bf16-mixed or 16-mixed, or leave rollout.mixed out"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

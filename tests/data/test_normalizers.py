@@ -106,3 +106,12 @@ def test_statistics_follow_the_tensors_to_their_device(kind, rows):
     # The meta device stands for an accelerator: mixing it with tensors of the CPU fails in the same way.
     assert fit_normalizer(kind, rows).normalize(rows.to("meta")).is_meta
     assert fit_normalizer(kind, rows).unnormalize(rows.to("meta")).is_meta
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "limits"])
+def test_statistics_that_moved_while_acting_can_be_differentiated_later(kind: str, rows: torch.Tensor) -> None:
+    normalizer = fit_normalizer(kind, rows)
+    with torch.inference_mode():
+        normalizer.normalize(torch.zeros(1, 4, device="meta"))
+    moved = [x for x in vars(normalizer).values() if isinstance(x, torch.Tensor)]
+    assert moved and all(x.device.type == "meta" and not x.is_inference() for x in moved)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from closed_forms import GAUSSIAN, column, printed
@@ -293,6 +294,9 @@ def test_a_trained_run_can_be_guided_by_either() -> None:
             method.guidance = guidance
             with torch.inference_mode():
                 found.append(method.draw_actions(obs, noise, method.sampler, (degree, False)))
+            method.reset(seeds=range(4))
+            with method.acting_as(degree, False):
+                assert np.isfinite(method.act(obs.numpy())).all()
         assert all(x.isfinite().all() for x in found)
         assert not any(torch.equal(x, y) for x, y in itertools.combinations(found, 2)), (activation, curvature)
         assert all(p.grad is grad for p, grad in zip(method.parameters(), grads, strict=True))

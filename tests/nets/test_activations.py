@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from lit_diffrl.nets.activations import EXACT, PIECE, mish
+from lit_diffrl.nets.activations import EXACT, HALF, PIECE, mish
 
 
 @pytest.mark.parametrize("dtype", [*EXACT, torch.bfloat16, torch.float16])
@@ -47,3 +47,18 @@ def test_pieces_do_not_show(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(mish(x), F.mish(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (PIECE + 7,)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_is_rounded_once_in_values_and_derivatives(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = (3 * torch.randn(shape)).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    allowed = torch.finfo(dtype).eps / 2 * 1.01 * 1.1  # slopes reach 1.09
+    for again in (False, True):
+        value, expected = mish(x), F.mish(exact)
+        (slope,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=again)
+        (known,) = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+        assert value.dtype == slope.dtype == dtype
+        assert float(((value - expected).abs() - allowed * expected.abs()).max()) < 1e-6
+        assert float((slope - known).abs().max()) < allowed

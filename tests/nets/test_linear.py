@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_diffrl.nets import linear as module
-from lit_diffrl.nets.linear import Linear, batched_linear, linear
+from lit_diffrl.nets.linear import Linear, batched_linear, linear, unrounded
 
 needs_onednn = pytest.mark.skipif(module.ONEDNN is None, reason="torch has one product here")
 
@@ -114,3 +114,14 @@ def test_layer_has_the_weights_of_torch() -> None:
     assert torch.equal(ours.weight, theirs.weight) and ours.state_dict().keys() == theirs.state_dict().keys()
     x = torch.randn(256, 96)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_a_last_layer_is_in_float32_under_autocast_whatever_it_is_given(given: torch.dtype) -> None:
+    """Layer normalisation gives float32 under autocast on a GPU."""
+    layer, x = nn.Linear(32, 1), torch.randn(64, 32).to(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = unrounded(layer, x)
+    assert torch.equal(found, layer(x.float()))
+    (grad,) = torch.autograd.grad(found.sum(), layer.weight)
+    torch.testing.assert_close(grad[0], x.float().sum(0))

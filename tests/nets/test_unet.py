@@ -114,7 +114,7 @@ def test_networks_run_in_bfloat16() -> None:
     for net in (small(attention=True), ValueUNet(5, 10, dim=8, mults=(1, 4))):
         reference = net(x, j)
         half = net.bfloat16()(x.bfloat16(), j)
-        assert half.dtype == torch.bfloat16
+        assert half.dtype == (torch.float32 if isinstance(net, ValueUNet) else torch.bfloat16)
         torch.testing.assert_close(half.float(), reference, rtol=0.1, atol=0.1)
 
 
@@ -133,6 +133,20 @@ def test_halving_a_single_row_is_the_convolution_and_its_gradient_defined_in_16_
             layer(x).float().square().sum().backward()
         for mine, exact in zip(layer.parameters(), plain.parameters()):
             torch.testing.assert_close(mine.grad, exact.grad, rtol=0.05, atol=1.0)
+
+
+def test_large_values_keep_the_differences_between_them_under_autocast() -> None:
+    torch.manual_seed(0)
+    net = ValueUNet(5, 8, dim=32, mults=(1, 2))
+    with torch.no_grad():
+        net.head[-1].weight.mul_(100)
+        net.head[-1].bias.fill_(1500.0)  # the returns that it learns are raw
+        x, j = torch.randn(16, 8, 5), torch.zeros(16, dtype=torch.long)
+        plain = net(x, j)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = net(x, j)
+    assert mixed.dtype == torch.float32
+    assert 0 < float((mixed - plain).abs().max()) < 0.1 * float(plain.std())
 
 
 def test_widths_and_kernels_that_cannot_work_are_refused() -> None:
