@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import Trainer
+
 from lit_diffrl.errors import ConfigError
 
 ACCEPTED = {
@@ -29,3 +35,21 @@ def check_precision(precision: int | str) -> None:
             f"--trainer.precision {precision} does not train: weights, schedules and densities need 32 bits. Accepted: "
             f"{meanings}"
         )
+
+
+@contextmanager
+def constant_weights(trainer: Trainer) -> Iterator[None]:
+    """The precision of the updates, for what calls networks many times while nobody changes them.
+
+    Lightning has every call of an update round the weights anew. Here each is rounded once and kept until the end: with
+    solvers of 15 calls that was a tenth of the time.
+
+    Args:
+        trainer: Whose precision.
+    """
+    with trainer.precision_plugin.forward_context():
+        device = trainer.strategy.root_device.type
+        enabled = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if enabled else None
+        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=True):
+            yield

@@ -23,6 +23,7 @@ from lit_diffrl.methods import Diffuser, Method
 from lit_diffrl.methods.world_model import WorldModel
 from lit_diffrl.nets.ensemble import EnsembleMLP
 from lit_diffrl.nets.noise_net import NoiseNet
+from lit_diffrl.precision import constant_weights
 from lit_diffrl.typos import parameters
 
 HALF = (torch.bfloat16, torch.float16)
@@ -282,3 +283,24 @@ def test_a_gpu_trains_in_every_precision(path: Path, precision: str) -> None:
     agent = lit_diffrl.load(last)
     assert agent.spec is not None
     assert np.isfinite(agent.act(np.zeros(agent.spec.obs_dim, dtype=np.float32))).all()
+
+
+@pytest.mark.parametrize(("precision", "roundings"), [("bf16-mixed", 1), ("32-true", 0)])
+def test_weights_that_stay_as_they_are_are_rounded_once_and_anew_the_next_time(precision: Any, roundings: int) -> None:
+    trainer = Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+
+    def calls() -> tuple[Tensor, int]:
+        with torch.no_grad(), constant_weights(trainer), torch.profiler.profile() as profile:
+            out = [layer(x) for _ in range(3)][-1]
+        copies = next((e.count for e in profile.key_averages() if e.key == "aten::_to_copy"), 0)
+        return out, copies
+
+    before, copies = calls()
+    assert copies == roundings * (2 + 3), "weight and bias once, the input at each call"
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+    after, _ = calls()
+    assert bool(before.any()) and not after.any(), "or the rounded weights outlived their context"
+    assert not torch.is_autocast_enabled("cpu")

@@ -11,6 +11,7 @@ from lit_diffrl.methods.energy import isql_value
 from lit_diffrl.methods.energy_options import SolverOptions, SupportOptions
 from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.support import States, chunk_noise, in_chunks, states_of
+from lit_diffrl.precision import constant_weights
 from lit_diffrl.seeding import Place
 
 
@@ -61,7 +62,7 @@ class SupportLearner(OfflineLearner):
         """
         assert self.states is not None
         share = Place(0, 0, self.global_rank, self.trainer.world_size)
-        with self.trainer.precision_plugin.forward_context():
+        with constant_weights(self.trainer):
             part = in_chunks(self.states.obs, shape, share, compute, what)
         whole: Tensor = self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[assignment]
         return whole

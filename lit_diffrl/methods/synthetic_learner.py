@@ -24,6 +24,7 @@ from lit_diffrl.methods.base import Phase
 from lit_diffrl.methods.lent_models import LentModels
 from lit_diffrl.methods.losses import td_target
 from lit_diffrl.methods.synthesis_options import EDMSamplerOptions
+from lit_diffrl.precision import constant_weights
 from lit_diffrl.seeding import Place
 
 AFTER_UPDATES = 2**31  # a place in an epoch that no update has
@@ -195,7 +196,7 @@ class Synthesis(LentModels):
         training = self.training
         self.eval()
         # Nearly all of the cost is calls of the denoiser, made in the precision of the updates.
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+        with torch.no_grad(), constant_weights(self.trainer):
             logs = self.synthesize()
         self.train(training)
         if len(self.buffer) < self.needed:

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError, check_range
+from lit_diffrl.precision import constant_weights
 from lit_diffrl.rollout import pictures as draw
 from lit_diffrl.rollout.environments import rehearse
 from lit_diffrl.rollout.episodes import EpisodeResult, run_episodes, summarize
@@ -263,7 +264,7 @@ class RolloutEvaluation(Callback):
         max_steps = self.max_steps
         if _rehearsing(trainer):
             episodes, max_steps = min(episodes, REHEARSAL["episodes"]), REHEARSAL["max_steps"]
-        with trainer.precision_plugin.forward_context() if self.mixed else nullcontext():
+        with constant_weights(trainer) if self.mixed else nullcontext():
             own = run_episodes(
                 _spec(pl_module),
                 pl_module,  # type: ignore[arg-type]
