@@ -64,7 +64,7 @@ class _Mish(torch.autograd.Function):
             s = torch.sigmoid(exact)
             r = (1 - s).square()
             return grad * ((1 - r + 4 * exact * s * r / (1 + r)) / (1 + r)).to(x.dtype)
-        return grad * slope
+        return (grad * slope).to(grad.dtype)
 
 
 def _value(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -86,23 +86,23 @@ def _value_and_slope(x: Tensor, out: Tensor, slope: Tensor) -> Tensor:
 
 
 def _in_float(function: Callable[..., object], x: Tensor, *outputs: Tensor) -> None:
-    """Call an elementwise function on numbers of half precision in float32."""
-    exact = x.float()
-    found = [torch.empty_like(exact) for _ in outputs]
-    function(exact, *found)
-    for half, full in zip(outputs, found):
-        half.copy_(full)
+    """Call an elementwise function on numbers of half precision in float32, and round its first output, the value."""
+    exact, value = x.float(), outputs[0]
+    found = torch.empty_like(exact)
+    function(exact, found, *outputs[1:])
+    value.copy_(found)
 
 
 def _in_pieces(function: Callable[..., object], x: Tensor, outputs: int = 1) -> list[Tensor]:
-    """Fill ``outputs`` tensors like x by an elementwise function, piece by piece."""
+    """Fill ``outputs`` tensors like x, those after the first in float32 or better, by an elementwise function."""
+    dtypes = [x.dtype, *[torch.promote_types(x.dtype, torch.float32)] * (outputs - 1)]
     if x.dtype in HALF:
         function = partial(_in_float, function)
     if x.numel() <= PIECE:
-        filled = [torch.empty_like(x) for _ in range(outputs)]
+        filled = [torch.empty_like(x, dtype=dtype) for dtype in dtypes]
         function(x, *filled)
         return filled
-    filled = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(outputs)]
+    filled = [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for dtype in dtypes]
     for piece, *targets in zip(x.reshape(-1).split(PIECE), *(out.view(-1).split(PIECE) for out in filled)):
         function(piece, *targets)
     return filled
