@@ -217,7 +217,7 @@ class OfflineLearner(Method):
         return self.propose(obs)
 
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
-        """Choose actions.
+        """Choose actions; while acting in inference mode, unless ``acts_by_gradient`` says that autograd is asked.
 
         Args:
             obs: ``(n, obs_dim)`` normalised.

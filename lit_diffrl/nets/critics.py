@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lit_diffrl.errors import check_choice, check_range
 from lit_diffrl.nets.activations import ACTIVATIONS
 from lit_diffrl.nets.ensemble import EnsembleLinear, Members
-from lit_diffrl.nets.linear import batched_linear, unrounded
+from lit_diffrl.nets.linear import batched_linear, unrounded, value_by
 from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.relu_blocks import relu_perceptrons, worth_blocks
 
@@ -138,11 +138,7 @@ class ValueNet(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Values ``(B,)`` of states ``(B, S)``, float32 or better."""
-        *hidden, head = self.net
-        h = obs
-        for layer in hidden:
-            h = layer(h)
-        return unrounded(head, h).squeeze(-1)
+        return value_by(self.net, obs)
 
 
 class EnsembleNorm(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.nets.activations import ACTIVATIONS
-from lit_diffrl.nets.linear import Linear, linear, unrounded
+from lit_diffrl.nets.linear import Linear, linear, value_by
 from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.noise_net import like_rows
 
@@ -212,10 +212,8 @@ class EnergyNet(nn.Module):
         """
         of_action, _, of_obs = self._first()
         h = linear(x, of_action) + like_rows(self._time_part(t) + linear(obs, of_obs), x)
-        _, *layers, head = self.net
-        for layer in layers:
-            h = layer(h)
-        return unrounded(head, h).squeeze(-1)
+        _, *layers = self.net
+        return value_by(layers, h)
 
     def gradient(self, obs: Tensor, times: Sequence[float] = ()) -> Callable[[Tensor, Tensor], Tensor]:
         """The gradient with respect to the action in fixed states, as ``(x, t (1,)) -> grad like x``, for a sampler.

@@ -7,7 +7,7 @@ float32 in both, summed in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -91,6 +91,14 @@ def unrounded(layer: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
             return layer(x.to(torch.promote_types(x.dtype, torch.float32)), *args)
     out = layer(x, *args)
     return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def value_by(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Apply layers one after the other, the last by :func:`unrounded`; a last axis of 1 is left out."""
+    *hidden, head = layers
+    for layer in hidden:
+        x = layer(x)
+    return unrounded(head, x).squeeze(-1)
 
 
 class Linear(nn.Linear):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_diffrl.errors import ConfigError, check_range
 from lit_diffrl.nets.activations import Mish, mish
 from lit_diffrl.nets.embeddings import SinusoidalEmbedding
-from lit_diffrl.nets.linear import unrounded
+from lit_diffrl.nets.linear import value_by
 from lit_diffrl.nets.mlp import MLP
 
 GROUPS = 8  # of every group norm
@@ -254,11 +254,7 @@ class ValueUNet(nn.Module):
         h = x.transpose(1, 2)
         for level, downsample in zip(self.levels, self.downsamples):
             h = downsample(level(h, time))
-        *hidden, last = self.head
-        h = torch.cat([h.flatten(1), embedding], dim=1)
-        for layer in hidden:
-            h = layer(h)
-        return unrounded(last, h).squeeze(-1)  # raw returns
+        return value_by(self.head, torch.cat([h.flatten(1), embedding], dim=1))
 
 
 def _widths(dim: int, mults: Sequence[int], kernel: int) -> list[int]:

@@ -220,7 +220,7 @@ def test_of_a_quadratic_value_each_samples_the_law_of_its_own_energy() -> None:
 
 
 @pytest.mark.slow
-def test_of_two_modes_qgpo_weighs_them_exactly_and_aepo_as_its_closed_form_does() -> None:
+def test_of_two_modes_qgpo_weighs_them_as_the_exact_law_and_aepo_as_its_closed_form() -> None:
     """Section 9.4 (b) at half the size, beta 1: Q = -4 a moves the weight to the mode that the data has less of.
 
     The noise at large times decides on the modes, and what is learned of it is coarse: within a tenth of the weight.
