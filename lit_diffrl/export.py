@@ -95,7 +95,7 @@ def export(checkpoint: str | Path, name: str | None = None, rows: int | None = N
 
     obs_space, split = _observations(spec)
     kept = held["rows"][-rows if rows else None :].float()
-    buffers = [_episode(part, spec, held["widths"], split) for part in _trajectories(kept, held["widths"])]
+    buffers = (_episode(part, spec, held["widths"], split) for part in _trajectories(kept, held["widths"]))
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
@@ -104,7 +104,7 @@ def export(checkpoint: str | Path, name: str | None = None, rows: int | None = N
             warnings.simplefilter("ignore")  # Minari asks for an environment, which the metadata name afterwards
             dataset = minari.create_dataset_from_buffers(
                 name,
-                buffers,
+                buffers,  # type: ignore[arg-type]  # it goes through them once
                 observation_space=obs_space,
                 action_space=_box(spec.action_low, spec.action_high),
                 algorithm_name=f"{method} (synthetic)",

@@ -228,7 +228,8 @@ class TrajectoryData(TransitionData):
         whole = self.starts[self.starts + self.require_windows() <= self.ends[self.episode[self.starts]]]
         if len(whole) == 0:
             raise DataError(
-                f"{self._name()}: no episode has data.horizon {self.horizon} steps to compare with; lower it"
+                f"{self._name()}: no episode has data.horizon {self.horizon} steps to compare the models with; lower "
+                "it, or give --model_check.starts 0"
             )
         spread = torch.linspace(0, len(whole) - 1, min(count, len(whole))).long().to(whole.device)
         rows = self.limits.unnormalize(self.windows(whole[spread], self.require_windows()).trajectory)

@@ -255,6 +255,10 @@ class Method(Agent):
         """What else tells why an update of this batch failed, e.g. ``{"max |Q|": 1e9}``; called when one has."""
         return {}
 
+    def recorded_steps(self, steps: Tensor) -> Tensor:
+        """Those of a batch's steps of the dataset that it was learnt from; all, but where rows were replaced."""
+        return steps
+
     @property
     def reporting(self) -> bool:
         """Whether this update is shown: every ``log_every_n_steps``-th in the curves, an epoch's first in the bar only.

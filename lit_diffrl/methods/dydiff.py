@@ -53,11 +53,13 @@ class DyDiff(PolicyRollouts):
     (``data.terminal``) and the limits of states hold the states that end episodes, without which no predicted state
     would be terminal; a fallen robot's rewards do not count; the ensemble is trained and stopped as this package's
     world model is: weight decay is AdamW's, the same for all layers, and ``world_model.patience`` counts epochs of
-    this run; the reward model has SiLU for ReLU (``world_model.reward_activation``); learners are as published, with
+    this run, its targets have a scale of their own; the reward model has SiLU for ReLU
+    (``world_model.reward_activation``), shares the ensemble's optimizer, and is softly bounded to the data's rewards;
+    a state's entry that never changes is -1 in the windows' scale; learners are as published, with
     the authors' variants as arguments of theirs (``conf/paper/dydiff/…-code.yaml``).
 
     Logged, beside the learner's: ``loss/dynamics``, ``loss/reward``, ``val/dynamics_mse`` (as in DMEMM),
-    ``loss/diffusion`` (falls quickly below 0.2, then slowly). At each refresh: ``synthetic/return_…`` (mean, std, min,
+    ``loss/denoiser`` (falls quickly below 0.2, then slowly). At each refresh: ``synthetic/return_…`` (mean, std, min,
     max, skewness of the predicted returns; ``kept_return_mean``), ``synthetic/kept``, ``synthetic/overlap`` (share of
     those kept that are among the best; near ``keep`` the filter is as good as none), ``synthetic/decile_…``,
     ``synthetic/length``, ``synthetic/done``, ``synthetic/stored``, ``synthetic/rows``, ``synthetic/age`` (epochs),
@@ -103,6 +105,11 @@ class DyDiff(PolicyRollouts):
         check_range("model.world_model_epochs", world_model_epochs, 1)
         check_choice("model.termination", termination, TERMINATIONS)
         check_range("model.diffusion_epochs", diffusion_epochs, 1 if self.rollouts.corrections else 0)
+        check_range("rollouts.warmup_epochs", self.rollouts.warmup_epochs, 0, self.policy_epochs - 1)
+        if self.rollouts.sample_policy and getattr(self, "policy", None) == "deterministic":
+            raise ConfigError(
+                "rollouts.sample_policy true changes nothing with model.policy deterministic; set one of them back"
+            )
         if self.rollouts.warm_start is not None:
             check_range("rollouts.warm_start", self.rollouts.warm_start, 1, self.edm_sampler.steps - 1)
         self.denoiser_options = as_options(TrajectoryDenoiserOptions(), denoiser)

@@ -141,7 +141,7 @@ class DynamicsModels(Synthesis, WorldModelPhase):
             norm = self.descend(optimizer, losses["total"], phase, batch)
         else:
             losses = {"total": self.diffusion_loss(batch)}
-            losses["diffusion"] = losses["total"]
+            losses["denoiser"] = losses["total"]
             self._set_rate(optimizer)
             norm = self.descend(optimizer, losses["total"], phase, batch, self.denoiser_options.grad_clip)
             o, rows = self.denoiser_options, self._windows_per_update()

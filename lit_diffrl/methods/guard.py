@@ -201,8 +201,11 @@ def describe(method: Method, checked: Checked, late: bool) -> dict[str, Any]:
     data = getattr(method._trainer, "datamodule", None)
     if data is not None and hasattr(data, "indices"):
         steps, *horizon = data.indices(checked.phase, checked.place)
+        recorded = method.recorded_steps(steps)
         report["datasets"] = method.spec.dataset_ids if method.spec is not None else []
-        report["indices"] = {"steps": steps.tolist(), **({"horizon": horizon[0]} if horizon else {})}
+        report["indices"] = {"steps": recorded.tolist(), **({"horizon": horizon[0]} if horizon else {})}
+        if len(recorded) < len(steps):
+            report["synthetic_rows"] = len(steps) - len(recorded)
     report["networks_seen"] = "after this update and before the next" if late else "before this update"
     report["networks"] = {name: _sizes(child) for name, child in method.named_children()}
     return report

@@ -49,7 +49,7 @@ class SynthER(Synthesis):
     Departures: ``samples.clip_actions``, since actions beyond the box never happen; the average of the weights begins
     after 100 updates without its library's slow start.
 
-    Logged, beside the learner's: ``loss/diffusion`` (below 1 from the beginning of learning, falls slowly),
+    Logged, beside the learner's: ``loss/denoiser`` (below 1 from the beginning of learning, falls slowly),
     ``grad_norm/diffusion``; once ``synthetic/done`` and ``synthetic/done_data`` (share of terminal rows, should
     agree), ``synthetic/reward_mean``, ``synthetic/outside`` (share of entries beyond the data's limits),
     ``synthetic/rows``, ``time/synthesis_s``; ``q/real``, ``q/synthetic``, ``td_error/…`` in mixed batches.
@@ -121,16 +121,18 @@ class SynthER(Synthesis):
     def setup(self, stage: str) -> None:
         """Measure the scale of rows."""
         super().setup(stage)
-        table = torch.cat(self.columns(self.data.transitions(torch.arange(len(self.data.table)))), dim=1).double()
+        if self.models_ckpt is not None:
+            return
+        every = torch.arange(len(self.data.table), device=self.data.table.device)
+        table = torch.cat(self.columns(self.data.transitions(every)), dim=1).double()
         low, high = torch.aminmax(table, dim=0)
         std, mean = torch.std_mean(table, dim=0, correction=0)
         if self.denoiser_options.scale == "limits":
             mean, std = (low + high) / 2, (high - low) / 2
         mean[-1], std[-1] = 0.0, 1.0 - STD_OFFSET  # done is its own scale
         found = {"row_mean": mean, "row_std": std + STD_OFFSET, "row_low": low, "row_high": high}
-        if self.models_ckpt is None:
-            for name, value in found.items():
-                self.get_buffer(name).copy_(value)
+        for name, value in found.items():
+            self.get_buffer(name).copy_(value)
 
     @staticmethod
     def columns(batch: PolicyBatch) -> list[Tensor]:
@@ -152,7 +154,7 @@ class SynthER(Synthesis):
         loss = self.edm.loss(self.edm.denoise(self.denoiser, x, sigma), y, sigma)
         norm = self.descend(optimizer, loss, "diffusion", batch, o.grad_clip)
         self.denoiser_ema.update(self.denoiser)
-        self.report({"loss/diffusion": loss}, prog_bar=True)
+        self.report({"loss/denoiser": loss}, prog_bar=True)
         self.report({"grad_norm/diffusion": norm})
 
     def _refuse_other_levels(self, arguments: Mapping[str, Any]) -> None:

@@ -52,6 +52,7 @@ class Synthesis(LentModels):
         """Check and keep what both have."""
         check_range("model.real_ratio", real_ratio, 0, 1)
         self.real_ratio, self.models_ckpt = real_ratio, models_ckpt
+        self._real: Tensor | None = None
 
     # ---------------------------------------------------------------- phases and optimizers
 
@@ -114,11 +115,16 @@ class Synthesis(LentModels):
             index = [p.name for p in self.model_phases].index(phase)
             self.model_step(phase, models[index], batch)
             return None
-        mixed, real = self.mix(batch)
+        mixed, self._real = self.mix(batch)
         outputs = super().training_step(mixed, batch_idx)  # type: ignore[misc]
-        if self.reporting and real is not None:
-            self._compare(mixed, real)
+        if self.reporting and self._real is not None:
+            self._compare(mixed, self._real)
         return outputs
+
+    def recorded_steps(self, steps: Tensor) -> Tensor:
+        """Steps of the batch's real rows."""
+        mixed = self.phase.name == "policy" and self._real is not None
+        return steps[self._real.to(steps.device)] if mixed else steps  # type: ignore[union-attr]
 
     def diagnose(self, batch: Any) -> dict[str, float]:
         """The learner's diagnosis, of its own batches."""
@@ -148,16 +154,17 @@ class Synthesis(LentModels):
 
     @torch.no_grad()
     def _compare(self, batch: PolicyBatch, real: Tensor) -> None:
-        """Values and errors of the critics on real and on synthetic rows."""
+        """Values and absolute errors of the critics on real and on synthetic rows, where there are any."""
         q = self.critic(batch.obs, batch.action).mean(0)
         next_value = self.least_q(batch.next_obs, self.propose(batch.next_obs), target=True)
         error = (q - td_target(batch.reward, batch.done, batch.discount, next_value)).abs()
         sides = {"real": real.float(), "synthetic": 1 - real.float()}
         for name, weight in sides.items():
             # Of several processes one may have no row of a kind; so means are of sums.
-            count = self.mean_of_all(weight).clamp_min(1e-8)
-            self.report({f"q/{name}": self.mean_of_all(q * weight) / count})
-            self.report({f"td_error/{name}": self.mean_of_all(error * weight) / count})
+            count = self.mean_of_all(weight)
+            if float(count):
+                self.report({f"q/{name}": self.mean_of_all(q * weight) / count})
+                self.report({f"td_error/{name}": self.mean_of_all(error * weight) / count})
 
     # ---------------------------------------------------------------- synthesis
 

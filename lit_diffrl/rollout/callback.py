@@ -32,12 +32,13 @@ REHEARSAL = {"episodes": 2, "max_steps": 5}  # under --trainer.fast_dev_run
 class RolloutEvaluation(Callback):
     """Evaluates the agent in the simulator and logs its return, score, episode length and speed.
 
-    ``fit`` evaluates after the first epoch in which the agent can act, then after every ``every_n_epochs``-th and
-    after the last; ``validate`` repeats exactly those episodes with a checkpoint, and so gives the score that was
-    logged when it was saved; ``test`` runs other, unseen episodes and writes ``results/<checkpoint>-test.json`` into
-    the run's folder (``-test-2`` and so on when there is one already). Several processes share the episodes and log the
-    same numbers. Where a method names several ways to act (degrees of guidance, say), ``test`` plays the same episodes
-    in each, prints a table, adds them to the results as ``comparison`` and draws them into ``pictures/``.
+    ``fit`` evaluates after the first epoch in which the agent can act, then after every ``every_n_epochs``-th, counted
+    from that one (a run with models of its own and one with lent models are asked alike), and after the last;
+    ``validate`` repeats exactly those episodes with a checkpoint, and so gives the score that was logged when it was
+    saved; ``test`` runs other, unseen episodes and writes ``results/<checkpoint>-test.json`` into the run's folder
+    (``-test-2`` and so on when there is one already). Several processes share the episodes and log the same numbers.
+    Where a method names several ways to act (degrees of guidance, say), ``test`` plays the same episodes in each,
+    prints a table, adds them to the results as ``comparison`` and draws them into ``pictures/``.
 
     Logged: ``eval/return`` (mean undiscounted return), ``eval/score`` (0 = random policy, 100 = reference policy,
     if the dataset names both), ``eval/length`` (steps), ``eval/action_ms`` (time to choose an action, per environment
@@ -252,8 +253,11 @@ class RolloutEvaluation(Callback):
 
     def _due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch
-        last = trainer.max_epochs is not None and epoch + 1 == trainer.max_epochs
-        return not self._evaluated or (epoch + 1) % self.every_n_epochs == 0 or last
+        evaluations = self.returns.history or self.offline.means.history
+        if not evaluations or epoch + 1 == trainer.max_epochs:
+            return True
+        first, _ = evaluations[0]
+        return (epoch - first + 1) % self.every_n_epochs == 0
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, episodes: int, seed: int) -> list[EpisodeResult]:
         if not pl_module.can_act:

@@ -193,14 +193,14 @@ def test_a_warm_start_begins_at_its_level_with_the_sample_before(
 
 
 def test_a_policy_may_be_drawn_from_in_rollouts(data: TrajectoryData) -> None:
-    for kind, spread in ((DyDiffCQL, True), (DyDiffIQL, True), (DyDiffTD3BC, False)):
+    for kind in (DyDiffCQL, DyDiffIQL):
         method = built(data, kind, rollouts={"sample_policy": True, "corrections": 1})
         with torch.no_grad():
             obs = states(data)
             made, mean = method.choose(obs), method.propose(obs)
             again = built(data, kind, rollouts={"sample_policy": True, "corrections": 1}).choose(obs)
             rollouts = method.roll_out(obs, H)
-        assert bool((made != mean).all()) == spread and torch.equal(made, again)
+        assert bool((made != mean).all()) and torch.equal(made, again)
         assert float(rollouts.actions.abs().max()) <= 1
 
 
@@ -616,3 +616,31 @@ def test_every_learner_is_known_by_name() -> None:
     found = {kind.__name__ for kind in DyDiff.__subclasses__()}
     assert {"DyDiffTD3BC", "DyDiffCQL", "DyDiffDQL", "DyDiffEDPTD3", "DyDiffEDPCRR", "DyDiffEDPIQL"} <= found
     assert issubclass(DyDiffTD3BC, Method) and DyDiffTD3BC.__mro__[1] is DyDiff
+
+
+@pytest.mark.parametrize(("conf", "family", "ratio"), [("dydiff_td3bc", "DyDiff", 0.5), ("synther", "SynthER", 0)])
+def test_learners_without_a_config_of_their_own_learn_from_the_mix(
+    folder: Path, conf: str, family: str, ratio: float
+) -> None:
+    """Their code knows nothing of synthetic rows; the models are lent by TD3+BC's run."""
+    config(conf).fit("lender")
+    (models,) = Path("tb_logs").glob("*/*/lender/checkpoints/last.ckpt")
+    more = ["--model.models_ckpt", str(models), f"--model.real_ratio={ratio}", "--data.updates_per_epoch=2"]
+    for learner in ("IQL", "EDPTD3", "EDPCRR", "EDPIQL"):
+        kind = family + learner
+        assert main(["fit", *config(conf).options, *more, "--model", kind, "--run", kind]) == 0
+        found = curves(kind)
+        assert found["synthetic/rows"][0][1] > 0 and "q/synthetic" in found, kind
+        assert ("q/real" in found) is (ratio > 0), "a kind of rows that a batch has none of has no curve"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rollouts": {"warmup_epochs": 1}}, "rollouts.warmup_epochs must be"),
+        ({"rollouts": {"sample_policy": True}}, "rollouts.sample_policy true changes nothing with model.policy deter"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        DyDiffTD3BC(**{**SMALL, **options})

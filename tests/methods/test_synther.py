@@ -123,6 +123,16 @@ def test_fewer_rows_than_a_batch_takes_are_refused(folder: Path, capsys: pytest.
     assert "model.samples.count keeps 64" in err
 
 
+def test_a_report_of_numbers_that_are_not_finite_names_the_steps_of_real_rows_alone(folder: Path) -> None:
+    config().fit("a")
+    (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")
+    method: Any = SynthER.load_from_checkpoint(last)
+    steps = torch.arange(4)
+    assert torch.equal(method.recorded_steps(steps), steps), "no batch was mixed"
+    method.epochs, method._real = {"diffusion": 0}, torch.tensor([True, False, False, True])
+    assert method.recorded_steps(steps).tolist() == [0, 3]
+
+
 def test_a_denoiser_is_lent_to_another_learner(folder: Path) -> None:
     first = config().fit("a")
     (last,) = Path("tb_logs").glob("*/*/a/checkpoints/last.ckpt")

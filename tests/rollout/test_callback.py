@@ -149,8 +149,8 @@ def test_evaluation_does_not_change_the_training(toy_spec, tmp_path):
 def test_first_last_and_every_nth_epoch_once_the_agent_can_act(toy_spec, tmp_path):
     rollout = RolloutEvaluation(episodes=2, every_n_epochs=3)
     trainer(tmp_path / "run", rollout, epochs=8).fit(Learner(toy_spec(), begins=1))
-    assert [epoch for epoch, _ in rollout.returns.history] == [1, 2, 5, 7]
-    assert [step for step, _ in curves(tmp_path / "run")["eval/return"]] == [7, 11, 23, 31]
+    assert [epoch for epoch, _ in rollout.returns.history] == [1, 3, 6, 7]
+    assert [step for step, _ in curves(tmp_path / "run")["eval/return"]] == [7, 15, 27, 31]
 
 
 @pytest.mark.parametrize(("epochs", "evaluations"), [(2000, 201), (1000, 101)])
