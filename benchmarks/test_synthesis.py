@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lit_diffrl.data import TrajectoryData
-from lit_diffrl.methods import DyDiffCQL, DyDiffDQL, DyDiffTD3BC, SynthERTD3BC
+from lit_diffrl.methods import DyDiffCQL, DyDiffDQL, DyDiffTD3BC, SynthERTD3BC, synthesis
 from lit_diffrl.seeding import Place
 
 SMALL = {"dim": 64, "mults": [1, 2, 4]}  # 4.0 M parameters; the paper's 128 x (1, 4, 8) has 58.8 M
@@ -113,11 +113,19 @@ def test_denoiser_call(benchmark: Any, hopper: TrajectoryData, dim: int) -> None
 
 
 def test_filter_and_store(benchmark: Any, hopper: TrajectoryData) -> None:
-    benchmark.extra_info["label"] = "store 121,572 transitions in the buffer"
-    method = built(hopper, DyDiffTD3BC, denoiser=SMALL)
-    n = 121_572
-    rows = (torch.randn(n, 11), torch.zeros(n, 3), torch.zeros(n), torch.randn(n, 11), torch.zeros(n))
-    benchmark(method.buffer.insert, *rows, epoch=0)
+    benchmark.extra_info["label"] = f"DyDiff refresh, {STARTS} starts, H 100: judge, filter and store"
+    method = built(hopper, DyDiffTD3BC, denoiser=SMALL, rollouts={"starts": STARTS})
+    states, actions = torch.randn(STARTS, 100, 11), 2 * torch.rand(STARTS, 100, 3) - 1
+    draws = synthesis.gumbel_noise(torch.randn(STARTS))
+
+    def judge_filter_and_store() -> None:
+        done = method.rule(method.obs_normalizer.unnormalize(states[:, 1:]))
+        reward, _ = method._judge(states, actions)
+        kept = method.keep(synthesis.trajectory_returns(reward, done), draws)
+        method.buffer.insert(*synthesis.cut_transitions(states[kept], actions[kept], reward[kept], done[kept]), epoch=0)
+
+    with torch.no_grad():
+        benchmark(judge_filter_and_store)
 
 
 def test_sample_rows(benchmark: Any, hopper: TrajectoryData) -> None:
