@@ -60,7 +60,8 @@ def export(checkpoint: str | Path, name: str | None = None, rows: int | None = N
     """Store the synthetic transitions of a checkpoint below Minari's root (``MINARI_DATASETS_PATH``).
 
     Transitions that follow each other form an episode, which is cut, unless it terminates; SynthER's have one step
-    each, and Minari's layout takes 14 kB and 2.6 ms for every episode: 100,000 of them are 1.4 GB and 4 minutes. States and actions are in raw units; rewards are as the learner saw them. The metadata holds environment and
+    each, and Minari's layout takes 14 kB and 2.6 ms for every episode: 100,000 of them are 1.4 GB and 4 minutes.
+    States and actions are in raw units; rewards are as the learner saw them. The metadata holds environment and
     reference returns of the real data, and where the transitions come from: ``synthetic_from``, ``method``,
     ``checkpoint``, ``epoch``, ``seed`` and all ``options``.
 
