@@ -26,7 +26,7 @@ UNWRITABLE = (
 
 
 def dataset_slug(dataset: str | Sequence[str]) -> str:
-    """Name a dataset as one folder: ``sb3/hopper/medium-v0`` becomes ``sb3-hopper-medium-v0``.
+    """Name a dataset as one folder: ``mujoco/hopper/medium-v0`` becomes ``mujoco-hopper-medium-v0``.
 
     Args:
         dataset: An id, ids joined by ``+``, a list of them, or the path of an HDF5 file (its stem is used).

@@ -29,7 +29,7 @@ SMALL = (
 SMALLER = {
     "denoiser": {"dim": 8, "width": 16, "depth": 2},
     "edm_sampler": {"steps": 4},
-    "rollouts": {"starts": 4, "chunk": 2},
+    "rollouts": {"starts": 4, "chunk": 2, "warmup_epochs": 0},
     "samples": {"count": 64},
 }
 # On a CPU the Trainer has no float16; torch has, and the same code scales its losses.

@@ -105,11 +105,6 @@ class DyDiff(PolicyRollouts):
         check_range("model.world_model_epochs", world_model_epochs, 1)
         check_choice("model.termination", termination, TERMINATIONS)
         check_range("model.diffusion_epochs", diffusion_epochs, 1 if self.rollouts.corrections else 0)
-        check_range("rollouts.warmup_epochs", self.rollouts.warmup_epochs, 0, self.policy_epochs - 1)
-        if self.rollouts.sample_policy and getattr(self, "policy", None) == "deterministic":
-            raise ConfigError(
-                "rollouts.sample_policy true changes nothing with model.policy deterministic; set one of them back"
-            )
         if self.rollouts.warm_start is not None:
             check_range("rollouts.warm_start", self.rollouts.warm_start, 1, self.edm_sampler.steps - 1)
         self.denoiser_options = as_options(TrajectoryDenoiserOptions(), denoiser)
@@ -128,6 +123,21 @@ class DyDiff(PolicyRollouts):
         super().build(spec)
         self.build_buffer(spec, self.rollouts.capacity)
         self.rule: Termination = termination_rule(self.termination, spec.env_spec)
+
+    def on_fit_start(self) -> None:
+        """Refuse options that would make no rollout, or change nothing in them."""
+        super().on_fit_start()
+        if self.real_ratio == 1:
+            return
+        if self.rollouts.warmup_epochs >= self.policy_epochs:
+            raise ConfigError(
+                f"model.rollouts.warmup_epochs {self.rollouts.warmup_epochs} leaves none of model.policy_epochs "
+                f"{self.policy_epochs} with rollouts; give fewer, or real_ratio 1 for the learner alone"
+            )
+        if self.rollouts.sample_policy and getattr(self, "policy", None) == "deterministic":
+            raise ConfigError(
+                "model.rollouts.sample_policy true changes nothing with model.policy deterministic; set one back"
+            )
 
     def _refuse_other_models(
         self, content: Mapping[str, Any], state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]

@@ -137,18 +137,17 @@ class DynamicsModels(Synthesis, WorldModelPhase):
     def model_step(self, phase: str, optimizer: LightningOptimizer, batch: Any) -> None:
         """An update of either model."""
         if phase == "world_model":
-            losses = self.world_model_loss(batch)
-            norm = self.descend(optimizer, losses["total"], phase, batch)
+            name, losses = "world_model", self.world_model_loss(batch)
+            norm = self.descend(optimizer, losses["total"], name, batch)
         else:
-            losses = {"total": self.diffusion_loss(batch)}
-            losses["denoiser"] = losses["total"]
+            name, losses = "denoiser", {"denoiser": self.diffusion_loss(batch)}
             self._set_rate(optimizer)
-            norm = self.descend(optimizer, losses["total"], phase, batch, self.denoiser_options.grad_clip)
+            norm = self.descend(optimizer, losses[name], name, batch, self.denoiser_options.grad_clip)
             o, rows = self.denoiser_options, self._windows_per_update()
             seen = (self.denoiser_ema._steps + 1) * rows
             self.denoiser_ema.update(self.denoiser, half_life_decay(seen, rows, o.half_life, o.half_life_ramp))
-        self.report({f"loss/{name}": loss for name, loss in losses.items() if name != "total"}, prog_bar=True)
-        self.report({f"grad_norm/{phase}": norm})
+        self.report({f"loss/{part}": loss for part, loss in losses.items() if part != "total"}, prog_bar=True)
+        self.report({f"grad_norm/{name}": norm})
 
     def _windows_per_update(self) -> int:
         """Of each trajectory model."""

@@ -50,7 +50,7 @@ class SynthER(Synthesis):
     after 100 updates without its library's slow start.
 
     Logged, beside the learner's: ``loss/denoiser`` (below 1 from the beginning of learning, falls slowly),
-    ``grad_norm/diffusion``; once ``synthetic/done`` and ``synthetic/done_data`` (share of terminal rows, should
+    ``grad_norm/denoiser``; once ``synthetic/done`` and ``synthetic/done_data`` (share of terminal rows, should
     agree), ``synthetic/reward_mean``, ``synthetic/outside`` (share of entries beyond the data's limits),
     ``synthetic/rows``, ``time/synthesis_s``; ``q/real``, ``q/synthetic``, ``td_error/…`` in mixed batches.
 
@@ -152,10 +152,10 @@ class SynthER(Synthesis):
         sigma = self.edm.draw_sigma(self.draws.randn_like(y[:, 0]))
         x = y + sigma[:, None] * self.draws.randn_like(y)
         loss = self.edm.loss(self.edm.denoise(self.denoiser, x, sigma), y, sigma)
-        norm = self.descend(optimizer, loss, "diffusion", batch, o.grad_clip)
+        norm = self.descend(optimizer, loss, "denoiser", batch, o.grad_clip)
         self.denoiser_ema.update(self.denoiser)
         self.report({"loss/denoiser": loss}, prog_bar=True)
-        self.report({"grad_norm/diffusion": norm})
+        self.report({"grad_norm/denoiser": norm})
 
     def _refuse_other_levels(self, arguments: Mapping[str, Any]) -> None:
         super()._refuse_other_levels(arguments)

@@ -256,8 +256,9 @@ class RolloutEvaluation(Callback):
         evaluations = self.returns.history or self.offline.means.history
         if not evaluations or epoch + 1 == trainer.max_epochs:
             return True
-        first, _ = evaluations[0]
-        return (epoch - first + 1) % self.every_n_epochs == 0
+        first, latest = evaluations[0][0], evaluations[-1][0]
+        # Asked less often (check_val_every_n_epoch), it makes up for those that it has missed.
+        return (epoch - first + 1) // self.every_n_epochs > (latest - first + 1) // self.every_n_epochs
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, episodes: int, seed: int) -> list[EpisodeResult]:
         if not pl_module.can_act:

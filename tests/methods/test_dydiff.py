@@ -635,12 +635,16 @@ def test_learners_without_a_config_of_their_own_learn_from_the_mix(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("option", "words"),
     [
-        ({"rollouts": {"warmup_epochs": 1}}, "rollouts.warmup_epochs must be"),
-        ({"rollouts": {"sample_policy": True}}, "rollouts.sample_policy true changes nothing with model.policy deter"),
+        ("warmup_epochs=1", "model.rollouts.warmup_epochs 1 leaves none of model.policy_epochs 1"),
+        ("sample_policy=true", "model.rollouts.sample_policy true changes nothing with model.policy deterministic"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        DyDiffTD3BC(**{**SMALL, **options})
+def test_options_that_would_do_nothing_are_refused_before_training(
+    folder: Path, capsys: pytest.CaptureFixture[str], option: str, words: str
+) -> None:
+    options = [*config().options, "--run", "a", f"--model.rollouts.{option}"]
+    assert main(["fit", *options]) == 2
+    assert words in capsys.readouterr().err
+    assert main(["fit", *options, "--model.real_ratio=1"]) == 0, "there are no rollouts to change"
