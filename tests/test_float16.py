@@ -47,7 +47,7 @@ def descend(patch: pytest.MonkeyPatch, fused: bool) -> None:
 def test_gradients_are_clipped_without_the_scale(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of 3 updates of a phase has length 0.01 at most: a scale left in, or taken out twice, would show.
 
-    Half precision's rounding alone makes a difference of up to 0.001, by the processor.
+    Half precision's rounding alone makes a difference of up to 0.00102, by the processor.
     """
     descend(monkeypatch, fused)
     options = [*dmemm().batches_of(8), "--model.grad_clip=0.01", "--model.lr_decay=none"]
@@ -57,7 +57,7 @@ def test_gradients_are_clipped_without_the_scale(fused: bool, monkeypatch: pytes
             torch.cat([x.flatten() for name, x in run["state_dict"].items() if name.startswith(f"{network}.")])
             for run in (exact, other)
         )
-        assert 0 < (a - b).norm() < 0.2 * 0.01
+        assert 0 < (a - b).norm() < 0.12 * 0.01
     for tag in ("grad_norm/world_model", "grad_norm/diffusion"):
         assert min(values("32-true", tag)) > 0.02
         assert values("16-mixed", tag)[0] == pytest.approx(values("32-true", tag)[0], rel=0.02)  # of the same weights

@@ -123,8 +123,7 @@ class Synthesis(LentModels):
 
     def recorded_steps(self, steps: Tensor) -> Tensor:
         """Steps of the batch's real rows."""
-        mixed = self.phase.name == "policy" and self._real is not None
-        return steps[self._real.to(steps.device)] if mixed else steps  # type: ignore[union-attr]
+        return steps if self._real is None else steps[self._real.to(steps.device)]
 
     def diagnose(self, batch: Any) -> dict[str, float]:
         """The learner's diagnosis, of its own batches."""

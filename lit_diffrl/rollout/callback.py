@@ -212,7 +212,7 @@ class RolloutEvaluation(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the run with its figures."""
-        if trainer.is_global_zero and self._evaluated and not _rehearsing(trainer):
+        if trainer.is_global_zero and self._evaluations and not _rehearsing(trainer):
             print(table(self._closing_rows(trainer, pl_module)), flush=True)
 
     # ---------------------------------------------------------------- state
@@ -248,12 +248,13 @@ class RolloutEvaluation(Callback):
         return _spec(pl_module).env_spec is not None
 
     @property
-    def _evaluated(self) -> bool:
-        return bool(self.returns.history or self.offline.means.history)
+    def _evaluations(self) -> list[tuple[int, float]]:
+        """Epochs and returns of those so far; where there is no environment, the losses in their place."""
+        return self.returns.history or self.offline.means.history
 
     def _due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch
-        evaluations = self.returns.history or self.offline.means.history
+        evaluations = self._evaluations
         if not evaluations or epoch + 1 == trainer.max_epochs:
             return True
         first, latest = evaluations[0][0], evaluations[-1][0]
