@@ -23,7 +23,7 @@ def seeded() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows with every product of oneDNN."""
+    """A list that grows with every product of oneDNN, whatever the processor prefers."""
     seen: list[int] = []
     product = module.ONEDNN
 
@@ -32,6 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return product(*args)
 
     monkeypatch.setattr(module, "ONEDNN", counted)
+    monkeypatch.setattr(module, "FASTER", True)
     return seen
 
 
@@ -81,7 +82,9 @@ def test_batched_linear_is_that_of_torch_in_two_derivatives(
         torch.testing.assert_close(batched_linear(*inputs), plain(*inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_constants_get_no_gradient() -> None:
+@pytest.mark.parametrize("faster", [True, False])
+def test_constants_get_no_gradient(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FASTER", faster and module.ONEDNN is not None)
     x, weight = torch.randn(256, 96, requires_grad=True), torch.randn(80, 96)
     linear(x, weight).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(256, -1), rtol=1e-4, atol=1e-4)
@@ -104,6 +107,24 @@ def test_other_precisions_small_products_and_parts_of_a_matrix_are_left_to_torch
         assert batched_linear(x, weight.t().expand(2, -1, -1)).dtype == torch.bfloat16
     assert linear(x[:0], weight).shape == (0, 80)
     assert not calls
+
+
+@needs_onednn
+def test_layers_keep_to_the_product_of_the_processor(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(512, 96), torch.randn(80, 96)
+    for faster in (True, False):
+        monkeypatch.setattr(module, "FASTER", faster)
+        calls.clear()
+        linear(x, weight)
+        batched_linear(x, weight.t().expand(2, -1, -1))
+        assert len(calls) == (3 if faster else 0)
+
+
+@pytest.mark.parametrize(("name", "intel"), [("Intel Xeon", True), ("AMD EPYC", False), (None, False)])
+def test_the_processor_is_known_by_its_name(name: str | None, intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {} if name is None else {"cpu_name": name}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert module._intel() == intel
 
 
 def test_layer_has_the_weights_of_torch() -> None:
