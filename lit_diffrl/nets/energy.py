@@ -230,19 +230,18 @@ class EnergyNet(nn.Module):
             of_action, _, obs_columns = self._first()
             table = _by_time(self._time_part, times, obs)
             of_obs = linear(obs, obs_columns)
-            values = VALUE_AND_SLOPE[self.activation]
+            value, back = ACTIVATIONS[self.activation](), SLOPES[self.activation]
 
         @torch.no_grad()
         def gradient(x: Tensor, t: Tensor) -> Tensor:
             z = linear(x, of_action) + like_rows(_looked_up(table, self._time_part, t) + of_obs, x)
-            slopes = []
+            inputs = []  # of the activations
             for layer in middle:
-                h, slope = values(z)
-                slopes.append(slope)
-                z = linear(h, layer.weight, layer.bias)
-            grad = values(z)[1] * last.weight[0]
-            for layer, slope in zip(reversed(middle), reversed(slopes)):
-                grad = linear(grad, layer.weight.t()) * slope
+                inputs.append(z)
+                z = linear(value(z), layer.weight, layer.bias)
+            grad = back(last.weight.to(z.dtype)[0].expand_as(z), z)
+            for layer, z in zip(reversed(middle), reversed(inputs)):
+                grad = back(linear(grad, layer.weight.t()), z)
             return linear(grad, of_action.t()).to(x.dtype)
 
         return gradient
@@ -272,22 +271,9 @@ def _looked_up(table: dict[float, Tensor], embed: Callable[[Tensor], Tensor], t:
     return embed(t) if known is None else known
 
 
-def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
-    s = torch.sigmoid(z)
-    h = z * s
-    return h, torch.addcmul(s, h, torch.rsub(s, 1))
-
-
-def _relu(z: Tensor) -> tuple[Tensor, Tensor]:
-    return z.relu(), (z > 0).to(z.dtype)
-
-
-def _mish(z: Tensor) -> tuple[Tensor, Tensor]:
-    s = torch.sigmoid(z)
-    q = 1 - s
-    d = 1 + q * q
-    t = s * (1 + q) / d
-    return z * t, t + 4 * z * s * (q / d).square()
-
-
-VALUE_AND_SLOPE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"silu": _silu, "mish": _mish, "relu": _relu}
+SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "mish": torch.ops.aten.mish_backward,
+    "relu": lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),  # type: ignore[no-untyped-call]
+}
+"""``(gradient of an activation's value, what it was applied to) -> gradient of the latter``."""

@@ -8,7 +8,7 @@ arithmetic is float32 in both, summed in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def _onednn() -> Any:
 
 def _intel() -> bool:
     """Whether the processor is one of those that MKL is made for; older versions of torch do not tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "Intel" in str(capabilities.get("cpu_name", ""))
 
 
