@@ -79,15 +79,20 @@ class PolicyRollouts(DynamicsModels):
 
     def closed_loop(
         self, horizon: int
-    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]]]:
+    ) -> tuple[
+        Callable[[Tensor], Tensor],
+        Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]],
+        Callable[[Tensor, Tensor], Tensor],
+    ]:
         """The policy, and its rollouts in the models, for comparison with the simulator; all in raw units.
 
         Args:
             horizon: States H of a rollout.
 
         Returns:
-            ``obs (n, obs) -> actions (n, action)`` and ``first states (n, obs) -> (states (n, H, obs), actions
-            (n, H, action))``, by name: after the single-step model, and after each round of correction.
+            ``obs (n, obs) -> actions (n, action)``; ``first states (n, obs) -> (states (n, H, obs), actions
+            (n, H, action))``, by name: after the single-step model, and after each round of correction; and the reward
+            model ``(states, actions) -> (n, H)``.
         """
         place = Place(self.current_epoch, AFTER_UPDATES + 2)
 
@@ -110,4 +115,9 @@ class PolicyRollouts(DynamicsModels):
             raw, units = self.state_limits.unnormalize, self.action_normalizer.unnormalize
             return {name: (raw(x).float(), units(a).float()) for name, (x, a) in found.items()}
 
-        return policy, roll_out
+        @torch.no_grad()
+        def reward(states: Tensor, actions: Tensor) -> Tensor:
+            obs = self.obs_normalizer.normalize(self.to_own(states))
+            return self.world_model.reward(obs, self.action_normalizer.normalize(self.to_own(actions)))
+
+        return policy, roll_out, reward

@@ -31,8 +31,9 @@ class ModelCheck(Callback):
     ``fit`` does so once, when the models are finished and the policy begins to learn; ``test`` with a checkpoint, and
     writes the numbers into ``results/``. The picture goes into TensorBoard (``model/errors``) and ``pictures/``.
     ``test`` also compares the policy's rollouts in the models, after each round of correction, with its own in the
-    simulator (``…-rollouts``), which the rounds are to bring closer, with the share of them that ends in either, and
-    each of their steps with the simulator's from the same predicted state (``…-steps``).
+    simulator (``…-rollouts``), which the rounds are to bring closer, with the share of them that ends in either and
+    their returns (unless ``data.reward`` changes rewards), and each of their steps with the simulator's from the same
+    predicted state (``…-steps``).
 
     Logged: ``model/<name>_<horizon>``, mean squared error of a state's entries in units of their deviations; 2 is that
     of a state that has nothing to do with the true one. ``first_state`` is the error of predicting that nothing moves;
@@ -79,6 +80,7 @@ class ModelCheck(Callback):
                 "median": {k: v.tolist() for k, v in errors.median.items()},
                 "rows": errors.rows.tolist(),
                 **({"ended": errors.ended} if errors.ended else {}),
+                **({"returns": errors.returns} if errors.returns else {}),
             }
             write_json(folder / f"{name}.json", {"dataset": method.spec.dataset_ids, **values})
             self._draw(trainer, method, errors, name, 0)
@@ -97,12 +99,12 @@ class ModelCheck(Callback):
     def _measure_rollouts(self, trainer: Trainer, method: Any) -> dict[str, ModelErrors]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         obs, scale = data.spread_states(self.starts), data.deviations()
-        policy, roll_out = method.closed_loop(data.require_windows())
+        policy, roll_out, judge = method.closed_loop(data.require_windows())
+        reward = judge if data.hparams.reward == "none" else None
         with Simulator(method.spec) as simulator:
             rollouts = roll_out(obs[wholly_observed(simulator, obs)].cpu())
-            states = {name: states.cpu() for name, (states, _) in rollouts.items()}
             return {
-                "rollouts": closed_loop_errors(simulator, states, policy, scale, method.rule),
+                "rollouts": closed_loop_errors(simulator, rollouts, policy, scale, method.rule, reward),
                 "steps": one_step_errors(simulator, rollouts, scale, method.rule),
             }
 

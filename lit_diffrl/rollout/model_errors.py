@@ -27,6 +27,9 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 Policy = Callable[[Tensor], Tensor]
 """``observations (n, obs) -> actions (n, action)``, both raw."""
 
+Reward = Callable[[Tensor, Tensor], Tensor]
+"""``(states (n, H, obs), actions (n, H, action)) -> rewards (n, H)``, all raw."""
+
 Terminal = Callable[[Tensor], Tensor]
 """``states (..., obs) raw -> (...) bool``."""
 
@@ -46,12 +49,16 @@ class ModelErrors:
         rows: ``(H,)`` rows that count: they had not ended before. Of several numbers the least.
         ended: Which rows come to an end within their ``H - 1`` steps, by name of the model: the share of all, of those
             that end in the simulator and of the others (None where there are none). ``simulator`` is the truth.
+        returns: Mean sum of rewards of the ``H - 1`` steps, up to the first that ends, by name of the model, whose
+            reward model judges its states. ``simulator`` is the truth, ``simulator, predicted rewards`` what the reward
+            model makes of the true states: the rest is the states' error.
     """
 
     mean: dict[str, np.ndarray]
     median: dict[str, np.ndarray]
     rows: np.ndarray
     ended: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    returns: dict[str, float] = field(default_factory=dict)
 
     def at(self, horizons: Sequence[int] = HORIZONS) -> dict[str, float]:
         """Means to log, ``<name>_<horizon>``: those horizons that were reached, names with ``_`` for spaces."""
@@ -91,34 +98,58 @@ def model_errors(
 
 
 def closed_loop_errors(
-    simulator: Simulator, rollouts: Mapping[str, Tensor], policy: Policy, scale: Tensor, terminal: Terminal
+    simulator: Simulator,
+    rollouts: Mapping[str, tuple[Tensor, Tensor]],
+    policy: Policy,
+    scale: Tensor,
+    terminal: Terminal,
+    reward: Reward | None = None,
 ) -> ModelErrors:
     """Compare rollouts of a policy in models with those in the simulator, from the same states.
 
     The errors are what the rounds of DyDiff's correction should reduce. How many rollouts end tells whether models
-    know of falls, which squared errors hardly show.
+    know of falls, which squared errors hardly show, and returns whether they flatter the policy.
 
     Args:
         simulator: Of the dataset.
-        rollouts: The policy's states in models ``(n, H, obs)`` by name, raw, from the same first states.
+        rollouts: The policy's states in models ``(n, H, obs)`` by name, raw, from the same first states, and its
+            actions ``(n, H, action)``.
         policy: Acts in the simulator; one that draws, as a diffusion policy, makes errors that no model could avoid.
         scale: ``(obs,)`` deviations of the states.
         terminal: Which states end an episode.
+        reward: Predicts the simulator's rewards; None compares no returns.
     """
-    imagined = next(iter(rollouts.values())).cpu()
+    imagined = next(iter(rollouts.values()))[0].cpu()
     states = [simulator.state_of(row) for row in imagined[:, 0].double().numpy()]
     horizon = imagined.shape[1]
 
+    taken = list[Tensor]()
+
     def choose(obs: np.ndarray, t: int) -> np.ndarray:
-        return policy(torch.from_numpy(obs).float()).double().cpu().numpy()
+        taken.append(policy(torch.from_numpy(obs).float()).cpu())
+        return taken[-1].double().numpy()
 
     truth = simulator.run(states, choose, horizon)
-    predicted = {**rollouts, START: imagined[:, :1].expand_as(imagined)}
+    predicted = {name: x for name, (x, _) in rollouts.items()} | {START: imagined[:, :1].expand_as(imagined)}
     errors = _summary({k: (_squares(x, truth.states, scale), truth.counts) for k, x in predicted.items()})
-    fell: np.ndarray = truth.terminated.any(axis=1)  # type: ignore[assignment]
-    ended = {"simulator": _shares(fell, fell)}
-    ended |= {name: _shares(terminal(x[:, 1:]).any(dim=1).cpu().numpy(), fell) for name, x in rollouts.items()}
-    return replace(errors, ended=ended)
+    ends = {name: terminal(x[:, 1:]).cpu().numpy() for name, (x, _) in rollouts.items()}
+    fell = np.any(truth.terminated, axis=1)
+    ended = {"simulator": _shares(fell, fell)} | {k: _shares(np.any(x, axis=1), fell) for k, x in ends.items()}
+    if reward is None:
+        return replace(errors, ended=ended)
+    judged = {"simulator, predicted rewards": (torch.from_numpy(truth.states).float(), torch.stack(taken, dim=1))}
+    ends |= dict.fromkeys(judged, truth.terminated)
+    returns = {"simulator": _mean_return(truth.rewards, truth.terminated)}
+    for name, (x, actions) in (judged | dict(rollouts)).items():
+        rewards = reward(x[:, :-1], actions[:, : horizon - 1]).double().cpu().numpy()
+        returns[name] = _mean_return(rewards, ends[name])
+    return replace(errors, ended=ended, returns=returns)
+
+
+def _mean_return(rewards: np.ndarray, ends: np.ndarray) -> float:
+    """Of steps ``(n, H - 1)`` up to the first that ends, with it."""
+    counts = np.cumsum(ends, axis=1) - ends == 0
+    return float((rewards * counts).sum(axis=1).mean())
 
 
 def _shares(found: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:

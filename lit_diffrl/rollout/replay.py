@@ -29,10 +29,12 @@ class Replay(NamedTuple):
     Args:
         states: ``(n, H, obs)`` float64 raw; the first as the simulator observes what it was set to.
         terminated: ``(n, H - 1)`` bool, whether the state after step t is terminal. Rows go on all the same.
+        rewards: ``(n, H - 1)`` of the steps.
     """
 
     states: np.ndarray
     terminated: np.ndarray
+    rewards: np.ndarray
 
     @property
     def counts(self) -> np.ndarray:
@@ -122,19 +124,18 @@ class Simulator:
         """
         space = self._env.action_space
         now = list(states)
-        seen, terminated = [np.stack([self._look(state) for state in now])], list[np.ndarray]()
+        seen = [np.stack([self._look(state) for state in now])]
+        terminated, rewards = np.zeros((2, horizon - 1, len(now)))
         for t in range(horizon - 1):
             actions = np.clip(np.asarray(choose(seen[-1], t)), space.low, space.high).astype(np.float64)
-            rows, ends = [], []
+            rows = []
             for i, action in enumerate(actions):
                 self._restore(now[i])
-                obs, _, end, _, _ = self._env.step(action)
+                obs, rewards[t, i], terminated[t, i], _, _ = self._env.step(action)
                 rows.append(self._observation(obs))
-                ends.append(bool(end))
                 now[i] = self._state()
             seen.append(np.stack(rows))
-            terminated.append(np.array(ends))
-        return Replay(np.stack(seen, axis=1), np.array(terminated).reshape(horizon - 1, len(now)).T)
+        return Replay(np.stack(seen, axis=1), terminated.T.astype(bool), rewards.T)
 
     def _look(self, state: np.ndarray) -> np.ndarray:
         self._restore(state)

@@ -40,7 +40,9 @@ def test_models_are_compared_once_when_they_are_finished_and_again_by_test(
     closed = rollouts["mean"]
     none = {"all": 0, "of those that end": None, "of the others": 0}
     assert rollouts["ended"] == dict.fromkeys(["simulator", *list(closed)[:-1]], none), "a maze has no falls"
-    assert "ended" not in result
+    known = {"simulator", "simulator, predicted rewards", *list(closed)[:-1]}
+    assert set(rollouts["returns"]) == known and all(np.isfinite(list(rollouts["returns"].values())))
+    assert "ended" not in result and "returns" not in result
     assert list(closed) == ["single-step rollout", "correction 1", "correction 2", "first state"]
     assert all(np.shape(errors) == (32,) and errors[0] < 1e-6 < errors[20] for errors in closed.values())
     assert closed["correction 1"] != closed["correction 2"] and (run / "pictures/last-rollouts.png").exists()

@@ -143,7 +143,7 @@ def test_rows_do_not_depend_on_each_other_and_a_policy_is_asked_in_the_states_it
 
 def test_states_count_up_to_the_terminal_one() -> None:
     terminated = np.array([[0, 0, 0], [0, 1, 0], [1, 0, 1]], dtype=bool)
-    counts = Replay(np.zeros((3, 4, 1)), terminated).counts
+    counts = Replay(np.zeros((3, 4, 1)), terminated, np.zeros((3, 3))).counts
     assert counts.tolist() == [[True] * 4, [True, True, True, False], [True, True, False, False]]
 
 
@@ -268,9 +268,10 @@ def test_a_policys_rollouts_are_compared_with_its_own_in_the_simulator() -> None
         states = [simulator.state_of(row) for row in first.double().numpy()]
         truth = simulator.run(states, lambda obs, t: policy(torch.from_numpy(obs).float()).numpy(), 15).states
         free = replay(simulator, first.double().numpy(), np.zeros((2, 15, 2))).states
-        rollouts = {"exact": torch.from_numpy(truth), "open loop": torch.from_numpy(free)}
+        still = torch.zeros(2, 15, 2)
+        rollouts = {"exact": (torch.from_numpy(truth), still), "open loop": (torch.from_numpy(free), still)}
         errors = closed_loop_errors(simulator, rollouts, policy, torch.ones(4), lambda x: x[..., 0] > truth[1, 3, 0])
-    assert list(errors.mean) == ["exact", "open loop", START]
+    assert list(errors.mean) == ["exact", "open loop", START] and errors.returns == {}
     assert errors.mean["exact"].max() == 0 < errors.mean["open loop"][1] < errors.mean["open loop"][14]
     share = (truth[:, 1:, 0] > truth[1, 3, 0]).any(axis=1).mean()
     assert share > 0 and list(errors.ended) == ["simulator", "exact", "open loop"]
@@ -278,26 +279,44 @@ def test_a_policys_rollouts_are_compared_with_its_own_in_the_simulator() -> None
     assert errors.ended["exact"] == {"all": share, "of those that end": None, "of the others": share}
 
 
-def test_ends_in_models_are_counted_beside_those_in_the_simulator() -> None:
+def test_ends_and_returns_in_models_stand_beside_those_in_the_simulator() -> None:
+    """A reward model that knows the simulator's rewards errs by its states alone, and counts steps up to the end."""
     first = torch.zeros(3, 11)
-    first[:, 0], first[2, 1] = 1.25, 0.19  # the last leans nearly too far, and on
+    first[:, 0], first[2, 1] = 1.25, 0.16  # the last leans nearly too far, and on
     first[2, 7] = 2.0
 
     def fallen(x: Tensor) -> Tensor:
         return (x[..., 0] <= 0.7) | (x[..., 1].abs() >= 0.2)
 
+    def policy(obs: Tensor) -> Tensor:
+        return 0.1 * obs[:, 5:8].tanh()
+
     with simulator_of("Hopper-v5") as simulator:
         states = [simulator.state_of(row) for row in first.double().numpy()]
-        truth = torch.from_numpy(simulator.run(states, lambda obs, t: np.zeros((3, 3)), 8).states)
-        blind = first[:, None].expand(-1, 8, -1)
+        truth = simulator.run(states, lambda obs, t: policy(torch.from_numpy(obs).float()), 8)
+        exact = torch.from_numpy(truth.states)
+        acts = policy(exact.float().flatten(0, 1)).unflatten(0, (3, 8))
+        known = {tuple(x.tolist()): r for x, r in zip(exact[:, :-1].float().flatten(0, 1), truth.rewards.flatten())}
+
+        def reward(x: Tensor, actions: Tensor) -> Tensor:
+            assert x.shape[:2] == actions.shape[:2] == (3, 7)
+            found = [known.get(tuple(row), 100.0) for row in x.float().flatten(0, 1).tolist()]
+            return torch.tensor(found).view(3, 7)
+
+        blind = first[:, None].expand(-1, 8, -1) + 0.001
         fearful = torch.where(torch.arange(8)[None, :, None] > 4, 0.0, blind)
-        models = {"exact": truth, "blind": blind, "fearful": fearful}
-        errors = closed_loop_errors(simulator, models, lambda obs: torch.zeros(3, 3), torch.ones(11), fallen)
+        models = {"exact": (exact, acts), "blind": (blind, acts), "fearful": (fearful, acts)}
+        errors = closed_loop_errors(simulator, models, policy, torch.ones(11), fallen, reward)
     third = pytest.approx(1 / 3)
     assert errors.ended["simulator"] == {"all": third, "of those that end": 1, "of the others": 0}
     assert errors.ended["exact"] == errors.ended["simulator"]
     assert errors.ended["blind"] == {"all": 0, "of those that end": 0, "of the others": 0}
     assert errors.ended["fearful"] == {"all": 1, "of those that end": 1, "of the others": 1}
+    last = int(truth.terminated[2].argmax())
+    assert 0 < last < 6
+    true = (truth.rewards[:2].sum() + truth.rewards[2, : last + 1].sum()) / 3
+    assert list(errors.returns) == ["simulator", "simulator, predicted rewards", "exact", "blind", "fearful"]
+    assert list(errors.returns.values()) == pytest.approx([true, true, true, 700, 500], rel=1e-5)
 
 
 def test_steps_are_compared_from_where_the_rollout_is() -> None:
