@@ -34,6 +34,21 @@ class Rollouts(NamedTuple):
     outside: Tensor
 
 
+class ClosedLoop(NamedTuple):
+    """A policy and its models, for comparison with the simulator; all in raw units.
+
+    Args:
+        policy: ``obs (n, obs) -> actions (n, action)``.
+        roll_out: ``first states (n, obs) -> (states (n, H, obs), actions (n, H, action))`` by name: after the
+            single-step model, and after each round of correction.
+        reward: The reward model, ``(states (n, H, obs), actions (n, H, action)) -> (n, H)``.
+    """
+
+    policy: Callable[[Tensor], Tensor]
+    roll_out: Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]]
+    reward: Callable[[Tensor, Tensor], Tensor]
+
+
 class PolicyRollouts(DynamicsModels):
     """A learner with models of the dynamics, whose policy acts in them."""
 
@@ -77,22 +92,11 @@ class PolicyRollouts(DynamicsModels):
 
     # ---------------------------------------------------------------- diagnosis
 
-    def closed_loop(
-        self, horizon: int
-    ) -> tuple[
-        Callable[[Tensor], Tensor],
-        Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]],
-        Callable[[Tensor, Tensor], Tensor],
-    ]:
-        """The policy, and its rollouts in the models, for comparison with the simulator; all in raw units.
+    def closed_loop(self, horizon: int) -> ClosedLoop:
+        """The policy and the models for comparison with the simulator.
 
         Args:
             horizon: States H of a rollout.
-
-        Returns:
-            ``obs (n, obs) -> actions (n, action)``; ``first states (n, obs) -> (states (n, H, obs), actions
-            (n, H, action))``, by name: after the single-step model, and after each round of correction; and the reward
-            model ``(states, actions) -> (n, H)``.
         """
         place = Place(self.current_epoch, AFTER_UPDATES + 2)
 
@@ -120,4 +124,4 @@ class PolicyRollouts(DynamicsModels):
             obs = self.obs_normalizer.normalize(self.to_own(states))
             return self.world_model.reward(obs, self.action_normalizer.normalize(self.to_own(actions)))
 
-        return policy, roll_out, reward
+        return ClosedLoop(policy, roll_out, reward)

@@ -28,7 +28,7 @@ def mish(x: Tensor) -> Tensor:
     Args:
         x: Any shape, floating point.
     """
-    if x.device.type != "cpu" or x.dtype not in (*EXACT, *HALF) or torch.compiler.is_compiling():
+    if _left_to_torch(x):
         return F.mish(x)
     if x.requires_grad and torch.is_grad_enabled():
         found: Tensor = _Mish.apply(x)  # type: ignore[no-untyped-call]
@@ -36,6 +36,14 @@ def mish(x: Tensor) -> Tensor:
     if x.numel() <= PIECE and x.dtype in EXACT:
         return _value(x)
     return _in_pieces(_value, x)[0]
+
+
+def mish_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad`` times the slope of :func:`mish` at ``x``, which it is like; by torch's own kernel on other devices."""
+    if _left_to_torch(x):
+        return torch.ops.aten.mish_backward(grad, x)  # type: ignore[no-any-return, no-untyped-call]
+    slope = _in_pieces(_value_and_slope, x, outputs=2)[1]
+    return (grad * slope).to(grad.dtype)
 
 
 class Mish(nn.Module):
@@ -65,6 +73,10 @@ class _Mish(torch.autograd.Function):
             r = (1 - s).square()
             return grad * ((1 - r + 4 * exact * s * r / (1 + r)) / (1 + r)).to(x.dtype)
         return (grad * slope).to(grad.dtype)
+
+
+def _left_to_torch(x: Tensor) -> bool:
+    return x.device.type != "cpu" or x.dtype not in (*EXACT, *HALF) or torch.compiler.is_compiling()
 
 
 def _value(x: Tensor, out: Tensor | None = None) -> Tensor:

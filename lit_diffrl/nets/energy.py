@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_diffrl.errors import ConfigError, check_choice, check_range
-from lit_diffrl.nets.activations import ACTIVATIONS
+from lit_diffrl.nets.activations import ACTIVATIONS, mish_backward
 from lit_diffrl.nets.linear import Linear, linear, value_by
 from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.noise_net import like_rows
@@ -273,7 +273,7 @@ def _looked_up(table: dict[float, Tensor], embed: Callable[[Tensor], Tensor], t:
 
 SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": torch.ops.aten.silu_backward,
-    "mish": torch.ops.aten.mish_backward,
+    "mish": mish_backward,
     "relu": lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),  # type: ignore[no-untyped-call]
 }
 """``(gradient of an activation's value, what it was applied to) -> gradient of the latter``."""

@@ -32,8 +32,8 @@ class ModelCheck(Callback):
     writes the numbers into ``results/``. The picture goes into TensorBoard (``model/errors``) and ``pictures/``.
     ``test`` also compares the policy's rollouts in the models, after each round of correction, with its own in the
     simulator (``…-rollouts``), which the rounds are to bring closer, with the share of them that ends in either and
-    their returns (unless ``data.reward`` changes rewards), and each of their steps with the simulator's from the same
-    predicted state (``…-steps``).
+    their returns (unless ``data.reward`` changes rewards, or a maze's goals differ), and each of their steps with the
+    simulator's from the same predicted state (``…-steps``).
 
     Logged: ``model/<name>_<horizon>``, mean squared error of a state's entries in units of their deviations; 2 is that
     of a state that has nothing to do with the true one. ``first_state`` is the error of predicting that nothing moves;
@@ -99,12 +99,13 @@ class ModelCheck(Callback):
     def _measure_rollouts(self, trainer: Trainer, method: Any) -> dict[str, ModelErrors]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         obs, scale = data.spread_states(self.starts), data.deviations()
-        policy, roll_out, judge = method.closed_loop(data.require_windows())
-        reward = judge if data.hparams.reward == "none" else None
+        loop = method.closed_loop(data.require_windows())
         with Simulator(method.spec) as simulator:
-            rollouts = roll_out(obs[wholly_observed(simulator, obs)].cpu())
+            rollouts = loop.roll_out(obs[wholly_observed(simulator, obs)].cpu())
+            comparable = simulator.knows_rewards and data.hparams["reward"] == "none"
+            reward = loop.reward if comparable else None
             return {
-                "rollouts": closed_loop_errors(simulator, rollouts, policy, scale, method.rule, reward),
+                "rollouts": closed_loop_errors(simulator, rollouts, loop.policy, scale, method.rule, reward),
                 "steps": one_step_errors(simulator, rollouts, scale, method.rule),
             }
 

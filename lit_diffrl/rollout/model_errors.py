@@ -41,7 +41,7 @@ SHOWN = 1e-3  # how far below a model's typical error the figure goes on
 
 @dataclass(frozen=True)
 class ModelErrors:
-    """Mean squared errors of predicted states, in units of the states' deviations.
+    """Mean squared errors of predicted states, in units of the states' deviations; of rollouts, their ends and returns.
 
     Args:
         mean: ``(H,)`` by name: mean over rows at each horizon, 0 first.
@@ -49,9 +49,9 @@ class ModelErrors:
         rows: ``(H,)`` rows that count: they had not ended before. Of several numbers the least.
         ended: Which rows come to an end within their ``H - 1`` steps, by name of the model: the share of all, of those
             that end in the simulator and of the others (None where there are none). ``simulator`` is the truth.
-        returns: Mean sum of rewards of the ``H - 1`` steps, up to the first that ends, by name of the model, whose
-            reward model judges its states. ``simulator`` is the truth, ``simulator, predicted rewards`` what the reward
-            model makes of the true states: the rest is the states' error.
+        returns: Mean sum of rewards of the ``H - 1`` steps, up to the first that ends. ``simulator`` is the truth,
+            ``simulator, predicted rewards`` what the reward model makes of the true states, the others what it makes
+            of a model's: the difference of these is the states' error.
     """
 
     mean: dict[str, np.ndarray]
@@ -137,19 +137,19 @@ def closed_loop_errors(
     ended = {"simulator": _shares(fell, fell)} | {k: _shares(np.any(x, axis=1), fell) for k, x in ends.items()}
     if reward is None:
         return replace(errors, ended=ended)
-    judged = {"simulator, predicted rewards": (torch.from_numpy(truth.states).float(), torch.stack(taken, dim=1))}
-    ends |= dict.fromkeys(judged, truth.terminated)
+    true = torch.from_numpy(truth.states).float(), torch.stack(taken, dim=1)
+    ends["simulator, predicted rewards"] = truth.terminated
     returns = {"simulator": _mean_return(truth.rewards, truth.terminated)}
-    for name, (x, actions) in (judged | dict(rollouts)).items():
+    for name, (x, actions) in {"simulator, predicted rewards": true, **rollouts}.items():
         rewards = reward(x[:, :-1], actions[:, : horizon - 1]).double().cpu().numpy()
         returns[name] = _mean_return(rewards, ends[name])
     return replace(errors, ended=ended, returns=returns)
 
 
 def _mean_return(rewards: np.ndarray, ends: np.ndarray) -> float:
-    """Of steps ``(n, H - 1)`` up to the first that ends, with it."""
+    """Of steps ``(n, H - 1)`` up to the first that ends, with it; what comes after it may be anything."""
     counts = np.cumsum(ends, axis=1) - ends == 0
-    return float((rewards * counts).sum(axis=1).mean())
+    return float(np.where(counts, rewards, 0.0).sum(axis=1).mean())
 
 
 def _shares(found: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:

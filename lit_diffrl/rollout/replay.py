@@ -29,7 +29,7 @@ class Replay(NamedTuple):
     Args:
         states: ``(n, H, obs)`` float64 raw; the first as the simulator observes what it was set to.
         terminated: ``(n, H - 1)`` bool, whether the state after step t is terminal. Rows go on all the same.
-        rewards: ``(n, H - 1)`` of the steps.
+        rewards: ``(n, H - 1)`` of the steps; see :attr:`Simulator.knows_rewards`.
     """
 
     states: np.ndarray
@@ -49,6 +49,10 @@ class Simulator:
     Args:
         spec: Names the environment and describes its observations.
 
+    Attributes:
+        knows_rewards: Rewards are those of the data. In a maze they depend on a goal, which data of several goals do
+            not tell.
+
     Raises:
         ConfigError: When the dataset names no environment, or one whose state does not follow from an observation.
     """
@@ -66,6 +70,9 @@ class Simulator:
             if not hasattr(self._physics, "set_state") or (self._maze and spec.obs_keys != ["observation"]):
                 raise self._cannot("it is no MuJoCo robot or point maze observed alone")
             obs = self._observation(self._env.reset(seed=0)[0])
+            self.knows_rewards = not self._maze or spec.goal is not None
+            if self._maze and spec.goal is not None:  # its own may be drawn, and move when it is reached
+                self._env.goal, self._env.reset_target = np.array(spec.goal), False
             self._hidden = self._physics.model.nq + self._physics.model.nv - len(obs)
             if not 0 <= self._hidden <= 2 or len(obs) != self._obs_dim:
                 raise self._cannot(f"{len(obs)} numbers are observed of its positions and velocities")
@@ -125,7 +132,8 @@ class Simulator:
         space = self._env.action_space
         now = list(states)
         seen = [np.stack([self._look(state) for state in now])]
-        terminated, rewards = np.zeros((2, horizon - 1, len(now)))
+        rewards = np.zeros((horizon - 1, len(now)))
+        terminated = np.zeros_like(rewards, dtype=bool)
         for t in range(horizon - 1):
             actions = np.clip(np.asarray(choose(seen[-1], t)), space.low, space.high).astype(np.float64)
             rows = []
@@ -135,7 +143,7 @@ class Simulator:
                 rows.append(self._observation(obs))
                 now[i] = self._state()
             seen.append(np.stack(rows))
-        return Replay(np.stack(seen, axis=1), terminated.T.astype(bool), rewards.T)
+        return Replay(np.stack(seen, axis=1), terminated.T, rewards.T)
 
     def _look(self, state: np.ndarray) -> np.ndarray:
         self._restore(state)

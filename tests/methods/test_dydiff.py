@@ -221,8 +221,8 @@ def test_states_that_end_episodes_are_within_the_limits(data: TrajectoryData) ->
 def test_the_closed_loop_is_compared_as_it_is_rolled_out(data: TrajectoryData) -> None:
     method = built(data, rollouts={"corrections": 2, "warm_start": 2})
     first = data.limits.unnormalize(data.scaled[:4])[:, :OBS]
-    _, roll_out, reward = method.closed_loop(H)
-    found = roll_out(first)
+    loop = method.closed_loop(H)
+    found = loop.roll_out(first)
     assert list(found) == ["single-step rollout", "correction 1", "correction 2"]
     method.draws.begin(Place(0, AFTER_UPDATES + 2), torch.device("cpu"))
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_the_closed_loop_is_compared_as_it_is_rolled_out(data: TrajectoryData) -
     torch.testing.assert_close(actions, method.action_normalizer.unnormalize(made.actions), rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         judged = method._judge(made.states, made.actions)[0]
-    torch.testing.assert_close(reward(states, actions), judged, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loop.reward(states, actions), judged, rtol=1e-3, atol=1e-3)
 
 
 def test_rewards_and_disagreement_do_not_depend_on_the_parts_they_are_computed_in(data: TrajectoryData) -> None:

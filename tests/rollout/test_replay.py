@@ -3,22 +3,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec
 from printed import digits
 from torch import Tensor
 
 from lit_diffrl.data.pointmaze import env_spec
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods.policy_rollouts import ClosedLoop
+from lit_diffrl.rollout.model_check import ModelCheck
 from lit_diffrl.rollout.model_errors import (
     DATASET,
     START,
     ModelErrors,
+    _mean_return,
     closed_loop_errors,
     errors_figure,
     model_errors,
@@ -30,11 +35,13 @@ from lit_diffrl.rollout.replay import Replay, Simulator, replay
 ROBOTS = {"Hopper-v5": (11, 3), "Walker2d-v5": (17, 6), "HalfCheetah-v5": (17, 6)}
 
 
-def spec_of(text: str | None, obs_dim: int, action_dim: int, obs_keys: list[str] | None = None) -> DatasetSpec:
+def spec_of(
+    text: str | None, obs_dim: int, action_dim: int, obs_keys: list[str] | None = None, goal: list[float] | None = None
+) -> DatasetSpec:
     return DatasetSpec(
         obs_dim=obs_dim, action_dim=action_dim, action_low=[-1.0] * action_dim, action_high=[1.0] * action_dim,
         dataset_ids=["test/data-v0"], env_spec=text, ref_min=None, ref_max=None, max_episode_steps=None,
-        obs_keys=obs_keys, goal_key=None, goal=None, obs_normalizer={}, action_normalizer={}, reward_max=1.0,
+        obs_keys=obs_keys, goal_key=None, goal=goal, obs_normalizer={}, action_normalizer={}, reward_max=1.0,
         reward_min=0.0,
     )  # fmt: skip
 
@@ -291,21 +298,24 @@ def test_ends_and_returns_in_models_stand_beside_those_in_the_simulator() -> Non
     def policy(obs: Tensor) -> Tensor:
         return 0.1 * obs[:, 5:8].tanh()
 
+    def in_states(x: Tensor) -> Tensor:
+        return policy(x.float().flatten(0, 1)).unflatten(0, x.shape[:2])
+
     with simulator_of("Hopper-v5") as simulator:
         states = [simulator.state_of(row) for row in first.double().numpy()]
         truth = simulator.run(states, lambda obs, t: policy(torch.from_numpy(obs).float()), 8)
         exact = torch.from_numpy(truth.states)
-        acts = policy(exact.float().flatten(0, 1)).unflatten(0, (3, 8))
         known = {tuple(x.tolist()): r for x, r in zip(exact[:, :-1].float().flatten(0, 1), truth.rewards.flatten())}
 
         def reward(x: Tensor, actions: Tensor) -> Tensor:
-            assert x.shape[:2] == actions.shape[:2] == (3, 7)
+            assert x.shape[:2] == (3, 7)
+            torch.testing.assert_close(actions, in_states(x))
             found = [known.get(tuple(row), 100.0) for row in x.float().flatten(0, 1).tolist()]
             return torch.tensor(found).view(3, 7)
 
         blind = first[:, None].expand(-1, 8, -1) + 0.001
         fearful = torch.where(torch.arange(8)[None, :, None] > 4, 0.0, blind)
-        models = {"exact": (exact, acts), "blind": (blind, acts), "fearful": (fearful, acts)}
+        models = {name: (x, in_states(x)) for name, x in [("exact", exact), ("blind", blind), ("fearful", fearful)]}
         errors = closed_loop_errors(simulator, models, policy, torch.ones(11), fallen, reward)
     third = pytest.approx(1 / 3)
     assert errors.ended["simulator"] == {"all": third, "of those that end": 1, "of the others": 0}
@@ -317,6 +327,62 @@ def test_ends_and_returns_in_models_stand_beside_those_in_the_simulator() -> Non
     true = (truth.rewards[:2].sum() + truth.rewards[2, : last + 1].sum()) / 3
     assert list(errors.returns) == ["simulator", "simulator, predicted rewards", "exact", "blind", "fearful"]
     assert list(errors.returns.values()) == pytest.approx([true, true, true, 700, 500], rel=1e-5)
+
+
+@pytest.mark.parametrize("env_id", list(ROBOTS))
+def test_rewards_are_those_of_ordinary_steps(env_id: str) -> None:
+    with recorded(env_id, 20) as (env, qpos, qvel, _, actions), simulator_of(env_id) as simulator:
+        env.reset(seed=0)
+        rewards = [env.step(action)[1] for action in actions[:20]]
+        again = simulator.run([simulator.state_at(qpos[0], qvel[0])], lambda _, t: actions[None, t], 21)
+    assert simulator.knows_rewards and np.std(rewards) > 0.01
+    np.testing.assert_allclose(again.rewards[0], rewards, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("frame", ["centered", "d4rl"])
+def test_rewards_in_a_maze_are_those_of_the_datas_goal(frame: str) -> None:
+    """The environment would draw other goals; one ball at the goal does not move it away from the next."""
+    text = env_spec("umaze", goal="random", frame=frame).to_json()
+    made = gym.make(EnvSpec.from_json(text)).unwrapped
+    at, far = made.cell_position((1, 1)), made.cell_position((3, 3))
+    made.close()
+    obs = torch.tensor([[*at, 0, 0], [*far, 0, 0], [*at, 0, 0]]).double().numpy()
+    with Simulator(spec_of(text, 4, 2, ["observation"], list(at))) as simulator:
+        assert simulator.knows_rewards
+        assert replay(simulator, obs, np.zeros((3, 3, 2))).rewards.tolist() == [[1, 1], [0, 0], [1, 1]]
+    with Simulator(spec_of(text, 4, 2, ["observation"])) as simulator:
+        assert not simulator.knows_rewards
+
+
+@pytest.mark.parametrize(
+    ("tuning", "goal", "compared"),
+    [("none", [1.0, 1.0], True), ("standardise", [1.0, 1.0], False), ("none", None, False)],
+)
+def test_returns_are_compared_where_rewards_are_the_simulators(
+    tuning: str, goal: list[float] | None, compared: bool
+) -> None:
+    starts = torch.tensor([[-1.0, 1.0, 0.0, 0.0], [0.5, 1.0, 0.0, 0.0]])
+    loop = ClosedLoop(
+        policy=lambda obs: torch.zeros(len(obs), 2),
+        roll_out=lambda first: {"still": (first[:, None].repeat(1, 4, 1), torch.zeros(len(first), 4, 2))},
+        reward=lambda x, actions: torch.full(x.shape[:2], 2.0),
+    )
+    data = SimpleNamespace(
+        spread_states=lambda n: starts[:n], deviations=lambda: torch.ones(4), require_windows=lambda: 4,
+        hparams={"reward": tuning},
+    )  # fmt: skip
+    method = SimpleNamespace(
+        spec=spec_of(env_spec("umaze").to_json(), 4, 2, ["observation"], goal),
+        closed_loop=lambda horizon: loop, rule=lambda x: torch.zeros(x.shape[:-1], dtype=torch.bool),
+    )  # fmt: skip
+    found: Any = ModelCheck(2)._measure_rollouts(SimpleNamespace(datamodule=data), method)  # type: ignore[arg-type]
+    expected = {"simulator": 0.0, "simulator, predicted rewards": 6.0, "still": 6.0}
+    assert found["rollouts"].returns == (expected if compared else {})
+
+
+def test_what_comes_after_the_end_does_not_count() -> None:
+    ends = np.array([[False, True, False], [False, False, False]])
+    assert _mean_return(np.array([[1.0, 2.0, np.nan], [1.0, 1.0, 1.0]]), ends) == 3
 
 
 def test_steps_are_compared_from_where_the_rollout_is() -> None:
