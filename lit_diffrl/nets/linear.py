@@ -52,8 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
-    worth = FASTER and x.numel() * weight.shape[0] > WORTH
-    if not (worth and fits(x, weight) and _dense(x) and _dense(weight)):
+    if not (x.numel() * weight.shape[0] > WORTH and _faster(x, weight)):
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if learns(x, weight, bias):
@@ -76,7 +75,7 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """
     rows, (_, width_in, width_out) = x.shape[-2], weight.shape
     worth = rows * width_in * width_out > 2 * WORTH or (width_out == 1 and rows > 32)
-    if not (FASTER and worth and fits(x, weight) and _dense(x) and _dense(weight[0])):
+    if not (worth and _faster(x, weight[0])):
         x = x.expand(len(weight), -1, -1)
         return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
     if learns(x, weight, bias):
@@ -166,6 +165,11 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 def learns(*tensors: Tensor | None) -> bool:
     """Whether a gradient is to reach any of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's is the product to take for a layer of these."""
+    return FASTER and fits(x, weight) and _dense(x) and _dense(weight)
 
 
 def _dense(x: Tensor) -> bool:

@@ -79,8 +79,7 @@ class ModelCheck(Callback):
                 "mean": {k: v.tolist() for k, v in errors.mean.items()},
                 "median": {k: v.tolist() for k, v in errors.median.items()},
                 "rows": errors.rows.tolist(),
-                **({"ended": errors.ended} if errors.ended else {}),
-                **({"returns": errors.returns} if errors.returns else {}),
+                **{k: v for k, v in (("ended", errors.ended), ("returns", errors.returns)) if v},
             }
             write_json(folder / f"{name}.json", {"dataset": method.spec.dataset_ids, **values})
             self._draw(trainer, method, errors, name, 0)

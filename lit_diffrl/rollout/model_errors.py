@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.rollout.pictures import INK
-from lit_diffrl.rollout.replay import Simulator, replay
+from lit_diffrl.rollout.replay import Simulator, replay, up_to_end, with_first
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ Reward = Callable[[Tensor, Tensor], Tensor]
 Terminal = Callable[[Tensor], Tensor]
 """``states (..., obs) raw -> (...) bool``."""
 
-DATASET, START = "recorded states", "first state"
+DATASET, START, JUDGED = "recorded states", "first state", "simulator, predicted rewards"
 HORIZONS = (1, 5, 10, 20, 50, 99)
 FLOOR = 1e-6  # of the figure: errors that are none
 SHOWN = 1e-3  # how far below a model's typical error the figure goes on
@@ -121,9 +121,7 @@ def closed_loop_errors(
     """
     imagined = next(iter(rollouts.values()))[0].cpu()
     states = [simulator.state_of(row) for row in imagined[:, 0].double().numpy()]
-    horizon = imagined.shape[1]
-
-    taken = list[Tensor]()
+    horizon, taken = imagined.shape[1], list[Tensor]()
 
     def choose(obs: np.ndarray, t: int) -> np.ndarray:
         taken.append(policy(torch.from_numpy(obs).float()).cpu())
@@ -138,9 +136,9 @@ def closed_loop_errors(
     if reward is None:
         return replace(errors, ended=ended)
     true = torch.from_numpy(truth.states).float(), torch.stack(taken, dim=1)
-    ends["simulator, predicted rewards"] = truth.terminated
+    ends[JUDGED] = truth.terminated
     returns = {"simulator": _mean_return(truth.rewards, truth.terminated)}
-    for name, (x, actions) in {"simulator, predicted rewards": true, **rollouts}.items():
+    for name, (x, actions) in {JUDGED: true, **rollouts}.items():
         rewards = reward(x[:, :-1], actions[:, : horizon - 1]).double().cpu().numpy()
         returns[name] = _mean_return(rewards, ends[name])
     return replace(errors, ended=ended, returns=returns)
@@ -148,8 +146,7 @@ def closed_loop_errors(
 
 def _mean_return(rewards: np.ndarray, ends: np.ndarray) -> float:
     """Of steps ``(n, H - 1)`` up to the first that ends, with it; what comes after it may be anything."""
-    counts = np.cumsum(ends, axis=1) - ends == 0
-    return float(np.where(counts, rewards, 0.0).sum(axis=1).mean())
+    return float(np.where(up_to_end(ends), rewards, 0.0).sum(axis=1).mean())
 
 
 def _shares(found: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:
@@ -181,10 +178,9 @@ def one_step_errors(
         action = actions[:, :-1].cpu().double().numpy().reshape(len(flat), -1)
         truth = replay(simulator, flat, np.stack([action, action], axis=1))
         ends = terminal(after).numpy()
-        counts = simulator.settable(flat).reshape(shape) & (np.cumsum(ends, axis=1) - ends == 0)
+        counts = simulator.settable(flat).reshape(shape) & up_to_end(ends)
         error = _squares(after, truth.states[:, 1].reshape(*shape, -1), scale)
-        # The first state is given: no step leads into it.
-        found[name] = np.pad(error, ((0, 0), (1, 0))), np.pad(counts, ((0, 0), (1, 0)), constant_values=True)
+        found[name] = with_first(error, 0.0), with_first(counts, True)
     return _summary(found)
 
 

@@ -23,6 +23,17 @@ Choose = Callable[[np.ndarray, int], Any]
 """``(observations (n, obs) raw float64, step t) -> actions (n, action)``."""
 
 
+def up_to_end(ends: np.ndarray) -> np.ndarray:
+    """Which steps ``(n, T)`` of rows count: those up to the first that ends its row ``(n, T)`` bool, with it."""
+    counts: np.ndarray = np.cumsum(ends, axis=1) - ends == 0
+    return counts
+
+
+def with_first(steps: np.ndarray, first: float) -> np.ndarray:
+    """Values of steps ``(n, H - 1)`` as those of the states they lead to ``(n, H)``; no step leads to the first."""
+    return np.pad(steps, ((0, 0), (1, 0)), constant_values=first)
+
+
 class Replay(NamedTuple):
     """What happened.
 
@@ -39,8 +50,7 @@ class Replay(NamedTuple):
     @property
     def counts(self) -> np.ndarray:
         """States ``(n, H)`` that are no later than the first terminal one of their row."""
-        before = np.cumsum(self.terminated, axis=1)[:, :-1] == 0
-        return np.concatenate([np.ones((len(before), 2), dtype=bool), before], axis=1)[:, : self.states.shape[1]]
+        return with_first(up_to_end(self.terminated), True)
 
 
 class Simulator:
