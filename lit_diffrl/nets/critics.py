@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from lit_diffrl.errors import check_choice, check_range
 from lit_diffrl.nets.activations import ACTIVATIONS
+from lit_diffrl.nets.blocks import in_blocks
 from lit_diffrl.nets.ensemble import EnsembleLinear, Members
 from lit_diffrl.nets.linear import batched_linear, unrounded, value_by
 from lit_diffrl.nets.mlp import MLP
@@ -86,6 +88,9 @@ class TwinQ(nn.Module):
             if worth_blocks(rows, self.head.weight):
                 values = relu_perceptrons(rows, [layer.parameters_of() for layer in (*self.layers, self.head)])
                 return values.reshape(len(values), *action.shape[:-1])
+        return in_blocks(partial(self._values, members=members), action, obs, axis=1)
+
+    def _values(self, action: Tensor, obs: Tensor, members: Members | None) -> Tensor:
         h = self._first(obs, action.reshape(len(obs), -1, action.shape[-1]), members)
         for i, layer in enumerate(self.layers):
             h = h if i == 0 else layer(h, members)

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.nets.activations import ACTIVATIONS, mish_backward
+from lit_diffrl.nets.blocks import in_blocks
 from lit_diffrl.nets.linear import Linear, linear, value_by
 from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.noise_net import like_rows
 
 PART = 32  # size of the embeddings of time and state in the behaviour network
-BLOCK = 512  # actions that pass the trunk together on a CPU, whose caches hold their activations: half the time
 TOGETHER = 1024  # pairs of time and state up to which the conditions of all fit the cache
 
 
@@ -142,10 +142,7 @@ class BehaviourNet(nn.Module):
         def predict(x: Tensor, t: Tensor) -> Tensor:
             known = _looked_up(table, prepare, t)
             conditions = known[0] if few else self._conditions(known.expand(len(of_obs), -1), of_obs)
-            block = max(1, BLOCK * x.shape[-1] * len(x) // x.numel())
-            if len(x) <= block or x.device.type != "cpu":
-                return self._trunk(x, conditions)
-            return torch.cat([self._trunk(*rows) for rows in zip(x.split(block), conditions.split(block))])
+            return in_blocks(self._trunk, x, conditions)
 
         return predict
 

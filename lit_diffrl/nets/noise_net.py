@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffrl.errors import check_choice, check_range
+from lit_diffrl.nets.blocks import in_blocks
 from lit_diffrl.nets.embeddings import SinusoidalEmbedding
 from lit_diffrl.nets.linear import Linear, linear
 from lit_diffrl.nets.mlp import MLP
@@ -116,7 +117,8 @@ class NoiseNet(nn.Module):
 
         def predict(x: Tensor, k: Tensor) -> Tensor:
             known = table.get(k.item()) if table and len(k) == 1 else None
-            return self._joined(x, self._time_part(k) if known is None else known, of_obs)
+            of_time = self._time_part(k) if known is None else known
+            return in_blocks(self._joined, x, of_time.expand(len(x), -1), of_obs)
 
         return predict
 
