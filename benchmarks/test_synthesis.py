@@ -17,7 +17,8 @@ from lit_diffrl.methods import DyDiffCQL, DyDiffDQL, DyDiffTD3BC, SynthERTD3BC, 
 from lit_diffrl.seeding import Place
 
 SMALL = {"dim": 64, "mults": [1, 2, 4]}  # 4.0 M parameters; the paper's 128 x (1, 4, 8) has 58.8 M
-FAST = {"solver": "multistep", "steps": 15}
+MIDDLE = {"solver": "multistep", "steps": 15}
+FAST = {"solver": "multistep", "steps": 2}  # of conf/short
 PAPER = {"solver": "heun", "steps": 34}  # with churn: 67 calls
 STARTS = 256
 
@@ -85,8 +86,9 @@ def built(data: TrajectoryData, kind: type[Any], **options: Any) -> Any:
 
 REFRESHES = {
     "paper's sampler, 67 calls": (PAPER, {}),
-    "fast preset, 15 calls": (FAST, {}),
-    "fast preset, second round warm from level 7": (FAST, {"warm_start": 7}),
+    "multistep, 15 calls": (MIDDLE, {}),
+    "multistep, 15 calls, second round warm from level 7": (MIDDLE, {"warm_start": 7}),
+    "fast preset, multistep, 2 calls": (FAST, {}),
     "single-step model alone": (FAST, {"corrections": 0}),
 }
 

@@ -20,6 +20,7 @@ from short_runs import CONFIGS, Config
 
 from lit_diffrl.__main__ import main
 from lit_diffrl.methods import DMEMM, Method
+from lit_diffrl.methods.synthetic_learner import Synthesis
 from lit_diffrl.rollout.callback import RolloutEvaluation
 
 Launch = Callable[..., Any]
@@ -201,6 +202,8 @@ def test_every_config_stopped_in_each_phase_ends_like_one_left_alone(
     stopped.mkdir()
     monkeypatch.chdir(stopped)
     places |= {(epoch, 1) for epoch in range(1, 20, 2)}  # the second of the two epochs that each phase has
+    if issubclass(config.method, Synthesis):  # and the first, which rollouts or samples precede
+        places |= {(epoch, 0) for epoch in range(0, 20, 2)}
     codes = [main(["fit", *config.options, "--run", "a"])]
     while codes[-1] == 128 + signal.SIGTERM:
         codes.append(main(["fit", "--ckpt_path", "last"]))

@@ -14,6 +14,11 @@ from torch import Tensor
 from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.errors import ConfigError, check_range
 
+DIVERGED = (
+    "a model or the policy has diverged; look at the losses of their phases, lower their learning rates, or train in "
+    "32-true"
+)
+
 
 class ReplayBuffer:
     """First in, first out; the i-th row is the i-th oldest one, whatever its place in memory.
@@ -53,10 +58,7 @@ class ReplayBuffer:
         rows = torch.cat([obs, action, reward[:, None], next_obs, done[:, None].to(obs.dtype)], dim=1)
         wrong = len(rows) - int(rows.isfinite().all(1).sum())
         if wrong:
-            raise ConfigError(
-                f"{wrong} of {len(rows)} synthetic transitions are not finite: a model or the policy has diverged; "
-                "look at the losses of their phases, lower their learning rates, or train in 32-true"
-            )
+            raise ConfigError(f"{wrong} of {len(rows)} synthetic transitions are not finite: {DIVERGED}")
         self._append(rows[-self.capacity :])
         self.groups.append((epoch, len(rows)))
         self._forget(self._size)

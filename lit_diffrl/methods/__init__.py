@@ -10,6 +10,7 @@ from lit_diffrl.methods.dmemm import DMEMM
 from lit_diffrl.methods.dql import DiffusionQL
 from lit_diffrl.methods.dydiff import (
     DyDiffCQL,
+    DyDiffCRR,
     DyDiffDQL,
     DyDiffEDPCRR,
     DyDiffEDPIQL,
@@ -22,6 +23,7 @@ from lit_diffrl.methods.iql import IQL
 from lit_diffrl.methods.qgpo import QGPO
 from lit_diffrl.methods.synther import (
     SynthERCQL,
+    SynthERCRR,
     SynthERDQL,
     SynthEREDPCRR,
     SynthEREDPIQL,
@@ -46,6 +48,7 @@ __all__ = [
     "Diffuser",
     "DiffusionQL",
     "DyDiffCQL",
+    "DyDiffCRR",
     "DyDiffDQL",
     "DyDiffEDPCRR",
     "DyDiffEDPIQL",
@@ -54,6 +57,7 @@ __all__ = [
     "DyDiffTD3BC",
     "Method",
     "SynthERCQL",
+    "SynthERCRR",
     "SynthERDQL",
     "SynthEREDPCRR",
     "SynthEREDPIQL",

@@ -13,12 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_diffrl.data.replay_buffer import DIVERGED
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.diffusion.edm import EDM, Churn
 from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.methods import synthesis
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.cql import CQL
+from lit_diffrl.methods.crr import CRR
 from lit_diffrl.methods.dql import DiffusionQL
 from lit_diffrl.methods.edp import EDPCRR, EDPIQL, EDPTD3
 from lit_diffrl.methods.iql import IQL
@@ -55,7 +57,8 @@ class DyDiff(PolicyRollouts):
     world model is: weight decay is AdamW's, the same for all layers, and ``world_model.patience`` counts epochs of
     this run, its targets have a scale of their own; the reward model has SiLU for ReLU
     (``world_model.reward_activation``), shares the ensemble's optimizer, and is softly bounded to the data's rewards;
-    a state's entry that never changes is -1 in the windows' scale; learners are as published, with
+    a state's entry that never changes is -1 in the windows' scale; windows may have any length, not multiples of 4
+    alone; learners are as published, with
     the authors' variants as arguments of theirs (``conf/paper/dydiff/…-code.yaml``).
 
     Logged, beside the learner's: ``loss/dynamics``, ``loss/reward``, ``val/dynamics_mse`` (as in DMEMM),
@@ -65,7 +68,7 @@ class DyDiff(PolicyRollouts):
     ``synthetic/length``, ``synthetic/done``, ``synthetic/stored``, ``synthetic/rows``, ``synthetic/age`` (epochs),
     ``synthetic/gap`` (small: states belong to the actions), ``synthetic/outside``, ``synthetic/disagreement`` (of the
     ensemble along the rollouts), and times. In mixed batches ``q/real``, ``q/synthetic`` and ``td_error/…``: synthetic
-    values far above the real ones mean that the learner exploits the models.
+    values far above the real ones can mean that the learner exploits the models.
 
     Args:
         world_model_epochs: Epochs in which the single-step model and the reward model learn.
@@ -134,6 +137,12 @@ class DyDiff(PolicyRollouts):
                 f"model.rollouts.warmup_epochs {self.rollouts.warmup_epochs} leaves none of model.policy_epochs "
                 f"{self.policy_epochs} with rollouts; give fewer, or real_ratio 1 for the learner alone"
             )
+        horizon = self.data.require_windows()
+        if self.rollouts.length is not None and self.rollouts.length >= horizon:
+            raise ConfigError(
+                f"model.rollouts.length {self.rollouts.length} is more than the {horizon - 1} transitions in windows "
+                f"of data.horizon {horizon}; give fewer, or null for all"
+            )
         if self.rollouts.sample_policy and getattr(self, "policy", None) == "deterministic":
             raise ConfigError(
                 "model.rollouts.sample_policy true changes nothing with model.policy deterministic; set one back"
@@ -178,11 +187,14 @@ class DyDiff(PolicyRollouts):
         gumbel = torch.cat([self.gathered(self.draws.randn_like(c)) for c in self.chunks(o.starts, o.chunk)])
         rolled = time.perf_counter()
 
-        pairs = min(horizon, horizon if o.length is None else o.length + 1)
+        pairs = horizon if o.length is None else o.length + 1
         states, actions = rollouts.states[:, :pairs], rollouts.actions[:, :pairs]
         done = self.rule(self.obs_normalizer.unnormalize(states[:, 1:]))
         reward, disagreement = self._judge(states, actions)
         returns = synthesis.trajectory_returns(reward, done if o.returns == "until_done" else None)
+        wrong = int((~returns.isfinite()).sum())
+        if wrong:  # no order among them tells which to keep
+            raise ConfigError(f"{wrong} of {len(returns)} rollouts have returns that are not finite: {DIVERGED}")
         kept = self.keep(returns, synthesis.gumbel_noise(gumbel))
         stored = synthesis.cut_transitions(states[kept], actions[kept], reward[kept], done[kept])
         epoch = self.current_epoch - sum(p.epochs for p in self.model_phases)
@@ -237,6 +249,10 @@ class DyDiffTD3BC(DyDiff, TD3BC):
 
 class DyDiffCQL(DyDiff, CQL):
     """DyDiff with CQL."""
+
+
+class DyDiffCRR(DyDiff, CRR):
+    """DyDiff with CRR."""
 
 
 class DyDiffIQL(DyDiff, IQL):

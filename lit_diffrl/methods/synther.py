@@ -20,6 +20,7 @@ from lit_diffrl.errors import check_range
 from lit_diffrl.methods.agreement import refuse_other_arguments
 from lit_diffrl.methods.base import Phase, as_options
 from lit_diffrl.methods.cql import CQL
+from lit_diffrl.methods.crr import CRR
 from lit_diffrl.methods.dql import DiffusionQL
 from lit_diffrl.methods.edp import EDPCRR, EDPIQL, EDPTD3
 from lit_diffrl.methods.iql import IQL
@@ -215,6 +216,10 @@ class SynthERTD3BC(SynthER, TD3BC):
 
 class SynthERCQL(SynthER, CQL):
     """SynthER with CQL."""
+
+
+class SynthERCRR(SynthER, CRR):
+    """SynthER with CRR."""
 
 
 class SynthERIQL(SynthER, IQL):

@@ -594,6 +594,21 @@ def test_what_cannot_be_followed_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("wanted", ["softmax", "hardmax", "none"])
+def test_rollouts_without_a_return_are_refused_by_every_filter(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wanted: str
+) -> None:
+    """Rewards are judged in parts of two rollouts, here with the first of each lost."""
+
+    def reward(self: WorldModel, obs: Tensor, action: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(obs))[:, None] == 0, torch.nan, torch.ones(obs.shape[:-1]))
+
+    monkeypatch.setattr(WorldModel, "reward", reward)
+    assert main(["fit", *config().options, "--run", "a", f"--model.rollouts.filter={wanted}"]) == 2
+    error = capsys.readouterr().err
+    assert "2 of 4 rollouts have returns that are not finite: a model or the policy has diverged" in error
+
+
+@pytest.mark.parametrize("wanted", ["softmax", "hardmax", "none"])
 def test_the_filters_keep_what_their_names_say(data: TrajectoryData, wanted: str) -> None:
     """Oracle 14: 1228 and 1229 of 2048."""
     method = built(data, rollouts={"filter": wanted})
@@ -617,7 +632,8 @@ def test_predictions_for_the_simulator_begin_with_the_given_state_and_repeat(dat
 
 def test_every_learner_is_known_by_name() -> None:
     found = {kind.__name__ for kind in DyDiff.__subclasses__()}
-    assert {"DyDiffTD3BC", "DyDiffCQL", "DyDiffDQL", "DyDiffEDPTD3", "DyDiffEDPCRR", "DyDiffEDPIQL"} <= found
+    names = ("TD3BC", "CQL", "CRR", "IQL", "DQL", "EDPTD3", "EDPCRR", "EDPIQL")
+    assert {f"DyDiff{name}" for name in names} <= found
     assert issubclass(DyDiffTD3BC, Method) and DyDiffTD3BC.__mro__[1] is DyDiff
 
 
@@ -629,7 +645,7 @@ def test_learners_without_a_config_of_their_own_learn_from_the_mix(
     config(conf).fit("lender")
     (models,) = Path("tb_logs").glob("*/*/lender/checkpoints/last.ckpt")
     more = ["--model.models_ckpt", str(models), f"--model.real_ratio={ratio}", "--data.updates_per_epoch=2"]
-    for learner in ("IQL", "EDPTD3", "EDPCRR", "EDPIQL"):
+    for learner in ("IQL", "CRR", "EDPTD3", "EDPCRR", "EDPIQL"):
         kind = family + learner
         assert main(["fit", *config(conf).options, *more, "--model", kind, "--run", kind]) == 0
         found = curves(kind)
@@ -641,6 +657,7 @@ def test_learners_without_a_config_of_their_own_learn_from_the_mix(
     ("option", "words"),
     [
         ("warmup_epochs=1", "model.rollouts.warmup_epochs 1 leaves none of model.policy_epochs 1"),
+        ("length=32", "model.rollouts.length 32 is more than the 31 transitions in windows of data.horizon 32"),
         ("sample_policy=true", "model.rollouts.sample_policy true changes nothing with model.policy deterministic"),
     ],
 )
