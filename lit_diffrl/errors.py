@@ -9,6 +9,12 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+# What synthetic numbers that are not finite tell, and what to do.
+DIVERGED = (
+    "a model or the policy has diverged; look at the losses of their phases, lower their learning rates, or train in "
+    "32-true"
+)
+
 
 class DataError(Exception):
     """A dataset that cannot be used: the message names dataset, place, finding and next step."""

@@ -12,12 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_diffrl.data.transitions import PolicyBatch
-from lit_diffrl.errors import ConfigError, check_range
-
-DIVERGED = (
-    "a model or the policy has diverged; look at the losses of their phases, lower their learning rates, or train in "
-    "32-true"
-)
+from lit_diffrl.errors import DIVERGED, ConfigError, check_range
 
 
 class ReplayBuffer:

@@ -13,10 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_diffrl.data.replay_buffer import DIVERGED
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.diffusion.edm import EDM, Churn
-from lit_diffrl.errors import ConfigError, check_choice, check_range
+from lit_diffrl.errors import DIVERGED, ConfigError, check_choice, check_range
 from lit_diffrl.methods import synthesis
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.cql import CQL
@@ -58,8 +57,8 @@ class DyDiff(PolicyRollouts):
     this run, its targets have a scale of their own; the reward model has SiLU for ReLU
     (``world_model.reward_activation``), shares the ensemble's optimizer, and is softly bounded to the data's rewards;
     a state's entry that never changes is -1 in the windows' scale; windows may have any length, not multiples of 4
-    alone; learners are as published, with
-    the authors' variants as arguments of theirs (``conf/paper/dydiff/…-code.yaml``).
+    alone; learners are as published, with the authors' variants as arguments of theirs
+    (``conf/paper/dydiff/…-code.yaml``).
 
     Logged, beside the learner's: ``loss/dynamics``, ``loss/reward``, ``val/dynamics_mse`` (as in DMEMM),
     ``loss/denoiser`` (falls quickly below 0.2, then slowly). At each refresh: ``synthetic/return_…`` (mean, std, min,

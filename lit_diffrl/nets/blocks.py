@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-BLOCK = 512  # rows; for widths of 256 to 1024
+BLOCK = 512  # rows: the fastest for widths of 256 to 1024 on one thread
 
 
 def in_blocks(net: Callable[..., Tensor], x: Tensor, *others: Tensor, axis: int = 0) -> Tensor:
     """Apply a network to many rows, block by block on a CPU where no gradient is wanted.
 
-    A noise network of 3 x 256 on 2,500 rows then takes 8.1 ms in place of 13.1 (one thread of an Intel Xeon).
+    A noise network of 3 x 256 on 2,500 rows takes a tenth less then (one thread, float32).
 
     Args:
         net: Called as ``net(x, *others)`` with some of the rows each time; rows do not depend on each other.
@@ -24,7 +24,9 @@ def in_blocks(net: Callable[..., Tensor], x: Tensor, *others: Tensor, axis: int 
     Returns:
         What ``net(x, *others)`` would give, but for rounding.
     """
-    block = max(1, BLOCK * len(x) * x.shape[-1] // max(1, x.numel()))
+    rows_each = x.numel() // max(1, len(x) * x.shape[-1])
+    block = max(1, BLOCK // max(1, rows_each))
     if len(x) <= block or x.device.type != "cpu" or torch.is_grad_enabled():
         return net(x, *others)
-    return torch.cat([net(*rows) for rows in zip(*(tensor.split(block) for tensor in (x, *others)))], dim=axis)
+    parts = zip(*(tensor.split(block) for tensor in (x, *others)), strict=True)
+    return torch.cat([net(*rows) for rows in parts], dim=axis)

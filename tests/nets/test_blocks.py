@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_diffrl.nets import blocks
 from lit_diffrl.nets.blocks import in_blocks
@@ -43,18 +44,27 @@ def test_a_gradient_passes_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("shape", [(9, 3), (9, 4, 3)], ids=["one action", "four actions"])
-@pytest.mark.parametrize("kind", ["critics", "noise", "behaviour"])
-def test_networks_give_the_same(kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["critics", "normalised critics", "all critics", "noise", "behaviour"])
+def test_networks_give_the_same_in_blocks(kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     obs, action, t = torch.randn(9, 5), torch.randn(shape), torch.tensor([0.3])
-    calls: dict[str, tuple[type[Any], Any]] = {
-        "critics": (TwinQ, lambda net: net(obs, action)),
-        "noise": (NoiseNet, lambda net: net.given(obs, [0.3])(action, t)),
-        "behaviour": (BehaviourNet, lambda net: net.given(obs, [0.3])(action, t)),
+    calls: dict[str, tuple[nn.Module, str, Callable[[Any], Tensor]]] = {
+        "critics": (TwinQ(5, 3, 32), "_values", lambda net: net(obs, action)),
+        "normalised critics": (TwinQ(5, 3, 32, layer_norm=True), "_values", lambda net: net(obs, action)),
+        "all critics": (TwinQ(5, 3, 32), "_values", lambda net: net(obs, action, slice(None))),
+        "noise": (NoiseNet(5, 3, 32), "_joined", lambda net: net.given(obs, [0.3])(action, t)),
+        "behaviour": (BehaviourNet(5, 3, 32), "_trunk", lambda net: net.given(obs, [0.3])(action, t)),
     }
-    net_class, call = calls[kind]
-    net = net_class(5, 3, 32)
-    whole = call(net)
+    net, name, call = calls[kind]
+    whole, inner, seen = call(net), getattr(net, name), []
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(len(x))
+        out: Tensor = inner(x, *args, **kwargs)
+        return out
+
+    monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(net, name, counted, raising=False)
     with torch.inference_mode():
-        monkeypatch.setattr(blocks, "BLOCK", 8)
         torch.testing.assert_close(call(net), whole, rtol=1e-5, atol=1e-6)
+    assert seen == ([8, 1] if len(shape) == 2 else [2, 2, 2, 2, 1])
