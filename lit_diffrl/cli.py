@@ -199,6 +199,8 @@ class DiffRLCLI(LightningCLI):
         if config["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(self.folder)
         if config["logger"] in (None, True):
+            if self.subcommand == "fit":
+                runs.outlast_events(self.folder)
             # An evaluation must not add points to the curves of training.
             kwargs["logger"] = self.subcommand == "fit" and TensorBoardLogger(
                 str(self.folder.parent),

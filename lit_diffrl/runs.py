@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -85,6 +86,20 @@ def new_run(parent: Path, name: str | None) -> Path:
             "choose another --run"
         )
     return folder
+
+
+def outlast_events(folder: Path) -> None:
+    """Wait, for less than a second, until a new event file of a run sorts behind those that are there.
+
+    TensorBoard reads the files of a run in the order of their names, which begin with the second they were made in. Of
+    two from one second the later one may come first; what it takes back of the older one's curves is then lost.
+
+    Args:
+        folder: The run folder.
+    """
+    made = {name.name.split(".")[3] for name in folder.glob("events.out.tfevents.*.*")}
+    while f"{int(time.time()):010d}" in made:
+        time.sleep(0.02)
 
 
 def find_checkpoint(value: str, logs: Path, pattern: str) -> Path:

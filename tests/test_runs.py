@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.runs import continues, dataset_slug, new_run, refuse_unwritable, run_folder
+from lit_diffrl.runs import continues, dataset_slug, new_run, outlast_events, refuse_unwritable, run_folder
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,15 @@ def test_a_run_has_a_plain_name_and_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "checkpoints" / "best.ckpt").touch()
     with pytest.raises(ConfigError, match="already has checkpoints"):
         new_run(tmp_path, "a")
+
+
+def test_event_files_of_a_run_sort_by_age(tmp_path: Path) -> None:
+    made = []
+    for counter in ("9", "10"):
+        outlast_events(tmp_path)
+        made.append(tmp_path / f"events.out.tfevents.{int(time.time()):010d}.host.1.{counter}")
+        made[-1].touch()
+    assert sorted(tmp_path.iterdir()) == made
 
 
 def test_a_full_disk_is_told_in_one_line_whichever_error_it_surfaces_as(tmp_path: Path) -> None:
