@@ -32,6 +32,18 @@ SMALLER = {
     "rollouts": {"starts": 4, "chunk": 2, "warmup_epochs": 0},
     "samples": {"count": 64},
 }
+# Options with state of their own, or that look at more than one row, which conf/ leaves out: (config, options).
+VARIANTS = {
+    "AEPO, Algorithm 1": (
+        "aepo",
+        "--model.schedule joint --model.behaviour_epochs 0 --model.critic_epochs 0 --model.target.scale 1",
+    ),
+    "CQL with a multiplier": ("cql", "--model.target_gap 0.8 --model.critic.backup_candidates 2"),
+    "EDP-CRR, weights of the batch": (
+        "edp_crr",
+        "--model.weighting softmax --model.normalize_weights true --model.critic.backup_candidates 2",
+    ),
+}
 # On a CPU the Trainer has no float16; torch has, and the same code scales its losses.
 FLOAT16 = """
 trainer:
@@ -102,7 +114,7 @@ class Config:
             elif name == "sampler":
                 self.options.append("--model.sampler.steps=2")
             elif name == "ema":
-                self.options.append("--model.ema.every=1")
+                self.options += ["--model.ema.every=1", "--model.ema.start=1"]  # or averages would not move
             elif name == "real_ratio":
                 self.options.append("--model.real_ratio=0.5")
             elif name == "posterior":

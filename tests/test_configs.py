@@ -160,7 +160,7 @@ def shortened(paths: list[str]) -> list[str]:
     if (given.get("plan") or {}).get("candidates", 1) > 1:
         options.append("--model.plan.candidates=2")
     options += ["--model.sampler.steps=2"] if "sampler" in accepted else []
-    options += ["--model.ema.every=1"] if "ema" in accepted else []
+    options += ["--model.ema.every=1", "--model.ema.start=1"] if "ema" in accepted else []
     options += ["--model.posterior.samples=64"] if "posterior" in accepted else []
     options += smaller(find_class("model", content["model"]["class_path"], Method))
     batches = parameters(find_class("data", content["data"]["class_path"], LightningDataModule))
@@ -286,7 +286,11 @@ def test_a_gpu_trains_by_conf_trainer_gpu() -> None:
         ("paper/td3bc/locomotion", "--data.dataset mujoco/hopper/medium-v0"),
         ("paper/aepo/locomotion", "--model.schedule joint --model.behaviour_epochs 0 --model.critic_epochs 0"),
         ("paper/aepo/locomotion", "--model.posterior.kind 2 --model.q_training isql --model.rescale false"),
-        ("paper/aepo/locomotion", "--model.q_training cql --model.posterior.clip false --model.posterior.clamp false"),
+        (
+            "paper/aepo/locomotion",
+            "--model.q_training cql --model.posterior.clip false --model.posterior.clamp false"
+            " --model.posterior.isotonic false",
+        ),
         ("aepo", "--model.target.curvature full --model.target.covariance trace --model.target.a_bar posterior_mean"),
         ("aepo", "--model.target.curvature hvp --model.target.covariance jvp --model.target.grad_at a_bar"),
         ("aepo", "--model.target.curvature full --model.target.covariance full --model.guidance closed_form"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from short_runs import CONFIGS, ROOT, Config, curves
+from short_runs import CONFIGS, ROOT, VARIANTS, Config, curves
 
 from lit_diffrl import processes
 from lit_diffrl.__main__ import main
@@ -211,6 +211,7 @@ def short(name: str) -> Config:
             "--model.plan.rank_by value --model.dim 32 --config once.yaml",
             id="return regressor",
         ),
+        *(pytest.param(*variant, id=label) for label, variant in VARIANTS.items()),
         pytest.param("dmemm", MEAN_1, id="mean weight 1", marks=pytest.mark.slow),
         pytest.param("dmemm", f"{CHAINS} checkpointed", id="checkpointed", marks=pytest.mark.slow),
         pytest.param("dmemm", f"{CHAINS} exact_batched", id="exact_batched", marks=pytest.mark.slow),

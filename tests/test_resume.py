@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from same_runs import assert_same_runs
-from short_runs import CONFIGS, Config
+from short_runs import CONFIGS, ROOT, VARIANTS, Config
 
 from lit_diffrl.__main__ import main
 from lit_diffrl.methods import DMEMM, Method
@@ -179,12 +179,19 @@ def test_a_run_stopped_again_and_again_ends_like_one_left_alone(
     assert_same_runs(folder, whole)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *(pytest.param(path.stem, "", id=path.stem) for path in CONFIGS),
+        *(pytest.param(*variant, id=label) for label, variant in VARIANTS.items()),
+    ],
+)
 def test_every_config_stopped_in_each_phase_ends_like_one_left_alone(
-    mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
+    mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, more: str
 ) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
-    config = Config(path)
+    config = Config(ROOT / f"conf/{name}.yaml")
+    config.options += more.split()
     train = config.method.training_step
     places: set[tuple[int, int]] = set()
 

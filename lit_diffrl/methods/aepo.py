@@ -32,6 +32,7 @@ from lit_diffrl.methods.energy_learner import NoisedAction
 from lit_diffrl.methods.energy_options import EnergyOptions, PosteriorOptions, TargetOptions
 from lit_diffrl.methods.expansion import Value, energy_of, expand, expand_at
 from lit_diffrl.methods.posterior import PosteriorTable
+from lit_diffrl.precision import constant_weights
 from lit_diffrl.seeding import Draws, Place
 
 AEPO_ENERGY = EnergyOptions(layers=3)
@@ -60,12 +61,14 @@ class AEPO(AEPOCritics):
         - The posterior mean is calibrated, since Eq. 18 multiplies the network's error by 25 at t = 0.8 and by 152 at
           t = 1, and the energy then learns it: ``posterior.mean: eps``.
         - The variance is estimated by the likelihood (Eq. 43) above t = 0.2, where Eq. 22 multiplies an error by up to
-          23,000: ``posterior.variance: raw``; it is clamped and smoothed: ``clamp: false``, ``isotonic: false``.
+          23,000: ``posterior.variance: raw``; it is clamped and smoothed: ``clamp: false``, ``isotonic: false``. The
+          mean is clipped to the box of actions: ``clip: false``.
         - ``beta V(s)`` is subtracted from the target, which is divided by its deviation; neither changes the guidance:
           ``target: {baseline: false, scale: 1}``.
         - Behaviour model, critics and energy learn one after the other, which has the same fixed point:
           ``schedule: joint``.
-        - CQL's actions are not weighted by their densities, which the behaviour model does not tell.
+        - CQL's actions are not weighted by their densities, which the behaviour model does not tell; the data's action
+          is one of them, and there are ``support.actions`` of the behaviour's.
         - Scores are not rescaled (Eq. 45), which would not be exact: ``rescale: true``.
 
     Logged: ``loss/behaviour``, ``loss/value``, ``loss/critic``, ``loss/energy`` (in units of ``target.scale``, by
@@ -79,8 +82,8 @@ class AEPO(AEPOCritics):
         schedule: ``sequential``, or ``joint`` in the energy's phase (Algorithm 1).
         guidance: What guides: the energy ``network``, or the ``closed_form`` itself, expanded at the posterior mean and
             differentiated through the behaviour model, with the variance by time alone and the target's ``curvature``.
-            It shows what the network adds in error, and costs a backward pass through behaviour and critics; a run may
-            be tested with either.
+            A network that learned Eq. 25 at ``target.a_bar`` posterior_mean tends to it; other targets are other
+            energies. It costs a backward pass through behaviour and critics; a run may be tested with either.
         posterior: The clean action given the noisy one.
         target: What the energy network learns.
         energy: The energy network.
@@ -132,6 +135,17 @@ class AEPO(AEPOCritics):
                     f"model.{name} {value!r} needs support actions, which a behaviour model that learns at the same "
                     f"time would make stale; use model.schedule sequential, or {name} {free}"
                 )
+        p = self.posterior_options
+        if p.mean == "sample" and o.form == "aepo" and o.a_bar == "posterior_mean":
+            raise ConfigError(
+                "model.posterior.mean 'sample' is the data's action, so that model.target.a_bar 'posterior_mean' would "
+                "be it, too; use a_bar 'data', or mean calibrated or eps"
+            )
+        if p.mean == "sample" and self.guidance == "closed_form":
+            raise ConfigError(
+                "model.guidance 'closed_form' has no data's action to take as the posterior's mean when it acts; got "
+                "model.posterior.mean 'sample'; use mean calibrated or eps"
+            )
         if self.guidance == "closed_form" and not self.epochs["energy"]:
             raise ConfigError(
                 "model.guidance 'closed_form' needs no energy network, but the posterior that it asks is tabulated in "
@@ -175,7 +189,8 @@ class AEPO(AEPOCritics):
         super().setup(stage)
         self._tabulated = False
         if stage == "fit" and self.trainer.ckpt_path is None:
-            self.posterior.fitted.fill_(False)
+            for known in (self.posterior.fitted, self.posterior.running, self.posterior.weight):
+                known.zero_()
 
     @torch.no_grad()
     def prepare(self, phase: str) -> None:
@@ -196,18 +211,23 @@ class AEPO(AEPOCritics):
         draws = Draws()
         draws.begin(Place(self.current_epoch, 0), self.device)  # the same in all processes
         obs, action = self.to_own(every.obs), self.to_own(every.action)
-        self.posterior.fit(self.noise_of, obs, action, draws, samples=self.posterior_options.samples)
-        if self.target_options.scale == "auto":
-            rows = torch.linspace(0, len(data.table) - 1, min(MEASURED, len(data.table))).long()
-            sample = PolicyBatch(*(self.to_own(x) for x in data.transitions(rows.to(data.table.device))))
-            self.draws.begin(Place(self.current_epoch, 0), self.device)
-            noised = self.noised(sample.action)
-            support = None
-            if self.target_options.form == "support":
-                support = self.support[rows.to(self.device)]  # type: ignore[index]
-            eps_hat = self.noise_of(noised.a_t, noised.t, sample.obs)
-            target = self.energy_target(sample, noised, eps_hat, support)
-            self.target_scale.copy_(target.std().clamp_min(1e-6))
+        with constant_weights(self.trainer):
+            self.posterior.fit(self.noise_of, obs, action, draws, samples=self.posterior_options.samples)
+            if self.target_options.scale == "auto":
+                self._measure_scale(data)
+
+    def _measure_scale(self, data: Any) -> None:
+        """Take the target's deviation on rows from all over the data."""
+        rows = torch.linspace(0, len(data.table) - 1, min(MEASURED, len(data.table))).long()
+        sample = PolicyBatch(*(self.to_own(x) for x in data.transitions(rows.to(data.table.device))))
+        self.draws.begin(Place(self.current_epoch, 0), self.device)
+        noised = self.noised(sample.action)
+        support = None
+        if self.target_options.form == "support":
+            support = self.support[rows.to(self.device)]  # type: ignore[index]
+        eps_hat = self.noise_of(noised.a_t, noised.t, sample.obs)
+        target = self.energy_target(sample, noised, eps_hat, support)
+        self.target_scale.copy_(target.std().clamp_min(1e-6))
 
     # ---------------------------------------------------------------- one update
 

@@ -159,14 +159,16 @@ class PosteriorOptions:
     """What is known of the clean action given the noisy one: its mean and its variance by time.
 
     Args:
-        kind: Posterior 1 (Eq. 22, the paper's) or 2 (Eq. 24).
+        kind: Posterior 1 (Eq. 22, the paper's) or 2 (Eq. 24, which takes no ``variance`` estimator). Calibrated means
+            make both alike; as in the paper they differ with ``mean`` eps and ``variance`` raw.
         variance: Estimator of Posterior 1: ``raw`` Eq. 22, ``paired`` with the noise's own norm beside the
             prediction's, ``nll`` Eq. 43, ``mixed`` raw below t = 0.2 and nll above.
         mean: Posterior mean: ``calibrated`` shrinks Eq. 18 to the data's mean where the network's error would be
             amplified, ``eps`` is Eq. 18, ``sample`` the data's action, whose regression limit is the mean.
         clip: Keep Eq. 18 within the box of actions.
         clamp: Keep the variance within [0, variance of the data's actions].
-        isotonic: Smooth the variance to one that grows with time.
+        isotonic: Smooth the variance to one that does not fall with time; it has to be clamped, or its errors at late
+            times would reach all others.
         grid: Times of the table.
         samples: Noised actions at each of them.
         decay: Of the table's averages where it is tracked during training (``schedule`` joint).
@@ -189,6 +191,11 @@ class PosteriorOptions:
         check_range("posterior.grid", self.grid, 2)
         check_range("posterior.samples", self.samples, 2)
         check_range("posterior.decay", self.decay, 0, 1, high_open=True)
+        if self.isotonic and not self.clamp:
+            raise ConfigError(
+                "model.posterior.isotonic true smooths a variance that model.posterior.clamp false leaves unlimited, "
+                "and spreads its errors at late times over all; give isotonic false as well, or clamp true"
+            )
 
 
 @dataclass(frozen=True)

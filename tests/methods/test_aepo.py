@@ -138,7 +138,7 @@ def test_covariances_from_the_noise_lie_within_the_datas_and_agree_for_a_linear_
 
 def test_variances_of_one_network_are_parts_of_its_covariance() -> None:
     """Along a direction, in the mean, and by random signs in the mean over them (there are two pairs of those)."""
-    free = {"posterior": {"clamp": False}}
+    free = {"posterior": {"clamp": False, "isotonic": False}}
     method, batch, noised, eps_hat = ready(covariance="full", curvature="full", **free)
     g = LINEAR.expand(64, 2)
 
@@ -177,7 +177,7 @@ def test_the_covariance_of_all_directions_takes_a_quadratic_q_exactly() -> None:
 @pytest.mark.parametrize("clamp", [True, False])
 def test_one_mean_over_the_batch_makes_a_variance_of_every_time(clamp: bool) -> None:
     """The other reading of Eq. 22, which the noise-to-signal ratio carries beyond the data's variance."""
-    method, batch, noised, eps_hat = ready(covariance="batch", posterior={"clamp": clamp})
+    method, batch, noised, eps_hat = ready(covariance="batch", posterior={"clamp": clamp, "isotonic": clamp})
     mu, ratio = method.posterior.mean(noised.a_t, noised.t, eps_hat), method.sde.noise_to_signal(noised.t)
     var = ratio * (1 - eps_hat.square().mean())
     assert (var > method.posterior.v_bar).any()
@@ -388,6 +388,9 @@ def test_joint_training_moves_all_networks_in_every_update() -> None:
     ("options", "words"),
     [
         ({"guidance": "closed_form", "energy_epochs": 0}, "nothing would guide; give 1"),
+        ({"posterior": {"clamp": False}}, "isotonic true smooths a variance that model.posterior.clamp false leaves"),
+        ({"posterior": {"mean": "sample"}, "target": {"a_bar": "posterior_mean"}}, "would be it, too; use a_bar 'data'"),
+        ({"posterior": {"mean": "sample"}, "guidance": "closed_form"}, "no data's action to take"),
         ({"cql_backup": "support"}, "cql_backup 'support' is for model.q_training cql, got 'iql'"),
     ],
 )
