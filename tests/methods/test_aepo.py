@@ -389,7 +389,10 @@ def test_joint_training_moves_all_networks_in_every_update() -> None:
     [
         ({"guidance": "closed_form", "energy_epochs": 0}, "nothing would guide; give 1"),
         ({"posterior": {"clamp": False}}, "isotonic true smooths a variance that model.posterior.clamp false leaves"),
-        ({"posterior": {"mean": "sample"}, "target": {"a_bar": "posterior_mean"}}, "would be it, too; use a_bar 'data'"),
+        (
+            {"posterior": {"mean": "sample"}, "target": {"a_bar": "posterior_mean"}},
+            "would be it, too; use a_bar 'data'",
+        ),
         ({"posterior": {"mean": "sample"}, "guidance": "closed_form"}, "no data's action to take"),
         ({"cql_backup": "support"}, "cql_backup 'support' is for model.q_training cql, got 'iql'"),
     ],

@@ -33,8 +33,10 @@ class Net(nn.Module):
         return out
 
 
-def train(target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], updates: int, lr: float) -> Net:
-    """Adam on the squared error to ``target(a_0, a_t, t, eps)``, actions drawn afresh."""
+def train(
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], updates: int, lr: float, alpha2: bool = False
+) -> Net:
+    """Adam on the squared error to ``target(a_0, a_t, t, eps)``, actions drawn afresh; weighed by time or not."""
     torch.manual_seed(1)
     net = Net()
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
@@ -44,7 +46,8 @@ def train(target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], updates: i
         t = T_MIN + (1 - T_MIN) * torch.rand(256)
         a_t = SDE.q_sample(a_0, t, eps)
         optimizer.zero_grad()
-        F.mse_loss(net(a_t, t), target(a_0, a_t, t, eps)).backward()
+        error = (net(a_t, t) - target(a_0, a_t, t, eps)).square()
+        (error * SDE.alpha(t)[:, None].square() if alpha2 else error).mean().backward()
         optimizer.step()
         decay.step()
     return net.requires_grad_(False)
@@ -55,7 +58,7 @@ def behaviour() -> Net:
     return train(lambda a_0, a_t, t, eps: eps, 2500, 5e-3)
 
 
-def energy(behaviour: Net, mean: str) -> Net:
+def energy(behaviour: Net, mean: str, alpha2: bool = False) -> Net:
     """AEPO's, for a Q that is known."""
     action = 0.2 + 0.5 * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
     table = PosteriorTable(1, SDE, mean_estimator="eps" if mean == "eps" else "calibrated", bound=3.0, grid=32)
@@ -66,13 +69,18 @@ def energy(behaviour: Net, mean: str) -> Net:
         q, g = SLOPE * a_0[:, 0], torch.full_like(a_0, SLOPE)
         return analytic_energy(q, g, mu, a_0, table.variance(t), 1.0)[:, None]
 
-    return train(target, 2000, 2e-3)
+    return train(target, 2000, 2e-3, alpha2)
 
 
-def law(behaviour: Net, net: Net, omega: float) -> tuple[float, float]:
+@pytest.fixture(scope="module")
+def literal(behaviour: Net) -> Net:
+    return energy(behaviour, "eps")
+
+
+def law(behaviour: Net, net: Net, omega: float, t_max: float = 1.0) -> tuple[float, float]:
     """Mean and standard deviation of what is sampled, from an even cover of the noise."""
     noise = torch.special.ndtri((torch.arange(4000) + 0.5) / 4000)[:, None]
-    model = guide(behaviour, gradient_of(lambda x, t: net(x, t)[:, 0]), SDE, omega)
+    model = guide(behaviour, gradient_of(lambda x, t: net(x, t)[:, 0]), SDE, omega, t_max=t_max)
     x = sample_dpm_vp(model, noise, SDE, steps=25, method="multistep", grid="logsnr")
     return float(x.mean()), float(x.std())
 
@@ -88,6 +96,18 @@ def rank_correlation(net: Net) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
+def gradient_error(net: Net, low: float, high: float) -> float:
+    """Root mean squared error of the energy's slope at noised actions of times between two."""
+    generator = torch.Generator().manual_seed(3)
+    a_0, eps = torch.randn(2, 2048, 1, generator=generator)
+    t = low + (high - low) * torch.rand(2048, generator=generator)
+    a_t = SDE.q_sample(0.2 + 0.5 * a_0, t, eps)
+    alpha, sigma = SDE.alpha(t)[:, None], SDE.sigma(t)[:, None]
+    exact = SLOPE * 0.25 * alpha / (0.25 * alpha**2 + sigma**2)
+    found = gradient_of(lambda x, t: net(x, t)[:, 0])(a_t, t)
+    return float((found - exact).square().mean().sqrt())
+
+
 @pytest.mark.parametrize("mean", ["calibrated", "sample"])
 def test_a_learnt_energy_leads_to_the_guided_policy(behaviour: Net, mean: str) -> None:
     net = energy(behaviour, mean)
@@ -96,10 +116,23 @@ def test_a_learnt_energy_leads_to_the_guided_policy(behaviour: Net, mean: str) -
     assert guided == (pytest.approx(0.575, abs=0.08), pytest.approx(0.5, abs=0.1))
     assert guided[1] < 1.3 * unguided[1]
     assert rank_correlation(net) > 0.9
+    assert gradient_error(net, 0, 0.4) < 0.1 and gradient_error(net, 0.6, 1) < 0.03
+    assert law(behaviour, net, 2.0) == (pytest.approx(0.95, abs=0.16), pytest.approx(0.5, abs=0.16))
 
 
-def test_the_papers_mean_hands_errors_of_the_noise_on_to_the_energy(behaviour: Net) -> None:
+def test_the_papers_mean_hands_errors_of_the_noise_on_to_the_energy(behaviour: Net, literal: Net) -> None:
     """Why the mean is calibrated: guidance by the literal one widens the policy, and ranks actions worse."""
-    literal = energy(behaviour, "eps")
     assert law(behaviour, literal, 1.0)[1] > 1.3 * law(behaviour, literal, 0.0)[1]
     assert rank_correlation(literal) < 0.9
+    assert gradient_error(literal, 0.6, 1) > 10 * 0.03
+    assert law(behaviour, literal, 2.0)[1] > 1.5
+
+
+def test_no_guidance_at_high_noise_and_less_weight_there_repair_the_papers_mean(behaviour: Net, literal: Net) -> None:
+    late, weighed = law(behaviour, literal, 1.0, t_max=0.6), energy(behaviour, "eps", alpha2=True)
+    assert late == (pytest.approx(0.575, abs=0.08), pytest.approx(0.5, abs=0.15))
+    assert law(behaviour, literal, 2.0, t_max=0.6) == (pytest.approx(0.95, abs=0.2), pytest.approx(0.65, abs=0.2))
+    assert gradient_error(weighed, 0.6, 1) < 0.5 * gradient_error(literal, 0.6, 1)
+    assert rank_correlation(literal) < rank_correlation(weighed)
+    for omega in (1.0, 2.0):
+        assert law(behaviour, weighed, omega)[1] < 0.7 * law(behaviour, literal, omega)[1]
