@@ -20,6 +20,7 @@ from lit_diffrl.__main__ import main
 from lit_diffrl.data import WindowData
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import Diffuser, Method
+from lit_diffrl.methods.posterior import PosteriorTable
 from lit_diffrl.methods.world_model import WorldModel
 from lit_diffrl.nets.ensemble import EnsembleMLP
 from lit_diffrl.nets.noise_net import NoiseNet
@@ -283,6 +284,20 @@ def test_a_gpu_trains_in_every_precision(path: Path, precision: str) -> None:
     agent = lit_diffrl.load(last)
     assert agent.spec is not None
     assert np.isfinite(agent.act(np.zeros(agent.spec.obs_dim, dtype=np.float32))).all()
+
+
+@pytest.mark.parametrize(("precision", "rounds"), [("bf16-mixed", True), ("32-true", False)])
+def test_aepo_tabulates_the_network_that_it_uses(precision: str, rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    columns = PosteriorTable._columns_at
+
+    def watched(self: PosteriorTable, *args: Any) -> Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return columns(self, *args)
+
+    monkeypatch.setattr(PosteriorTable, "_columns_at", watched)
+    Config(ROOT / "conf/aepo.yaml", epochs=1).fit("a", "--trainer.precision", precision)
+    assert seen == {rounds}
 
 
 @pytest.mark.parametrize(("precision", "roundings"), [("bf16-mixed", 1), ("32-true", 0)])

@@ -79,8 +79,8 @@ class EnergyLearner(SupportLearner):
             Of several the first acts, and ``test`` compares all on the same episodes.
         rescale: Keep the norm of the unguided score (Eq. 45), which keeps actions near the data at large degrees but
             is not exact; ``[true, false]`` acts with it and compares both in ``test``.
-        rescale_norm: Norms of Eq. 45: of each ``sample``, of the whole ``batch``, or of the guidance ``term`` alone. With
-            ``batch`` an episode depends on those that are played beside it.
+        rescale_norm: Norms of Eq. 45: of each ``sample``, of the whole ``batch``, or of the guidance ``term`` alone.
+            With ``batch`` an episode depends on those that are played beside it.
         guidance_t_max: Time above which there is no guidance; 1 for guidance throughout.
         sampler: How support actions are drawn, and actions unless ``eval_sampler`` says otherwise.
         eval_sampler: What is different about drawing actions to act with; null as ``sampler``.

@@ -8,7 +8,6 @@ import pytest
 import torch
 from closed_forms import GAUSSIAN, SDE
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_diffrl.diffusion.dpm_vp import sample_dpm_vp
 from lit_diffrl.diffusion.energy_guidance import gradient_of, guide
