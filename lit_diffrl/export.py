@@ -74,9 +74,11 @@ def export(checkpoint: str | Path, name: str | None = None, rows: int | None = N
         The dataset's id.
 
     Raises:
-        ConfigError: When the checkpoint has no synthetic transitions, or there is a dataset of that name already.
+        ConfigError: When the checkpoint has no synthetic transitions, the name is no id, or there is a dataset of that
+            name already.
     """
     import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
     from minari.storage import get_dataset_path
 
     content = read_checkpoint(checkpoint)
@@ -88,8 +90,15 @@ def export(checkpoint: str | Path, name: str | None = None, rows: int | None = N
     if rows is not None:
         check_range("--rows", rows, 1)
     spec, method = DatasetSpec.from_dict(own["spec"]), own["method"].rpartition(".")[2]
-    slug = dataset_slug(spec.dataset_ids).removesuffix("-v0").replace("+", "-and-")
+    slug = dataset_slug(spec.dataset_ids).removesuffix("-v0").replace("+", "-and-").replace(".", "-")
     name = name or f"lit_diffrl/synthetic/{method.lower()}-{slug}-v0"
+    try:
+        parse_dataset_id(name)
+    except (ValueError, TypeError) as error:  # the latter where there is no version
+        raise ConfigError(
+            f"--name {name!r} is no id that Minari takes; give letters, digits, - and _, folders with /, and a version "
+            "at the end, as in lit_diffrl/synthetic/mine-v0"
+        ) from error
     folder = get_dataset_path(name)
     if folder.exists():
         raise ConfigError(f"there is a dataset {name} in {folder} already; remove it, or choose another --name")

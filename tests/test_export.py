@@ -97,6 +97,9 @@ def test_a_learner_trains_on_it_and_is_evaluated_in_the_simulator() -> None:
         (["--ckpt_path", "{dydifftd3bc}", "--row", "10"], "did you mean 'rows'"),
         (["--ckpt_path", "{dydifftd3bc}", "--rows", "many"], "must be a number of transitions"),
         (["--ckpt_path", "{dydifftd3bc}", "--name", "lit_diffrl/pointmaze/umaze-v0"], "there is a dataset"),
+        (["--ckpt_path", "{dydifftd3bc}", "--name", "mine"], "no id that Minari takes"),
+        (["--ckpt_path", "{dydifftd3bc}", "--name", "lit_diffrl/mine/a.b-v0"], "no id that Minari takes"),
+        (["--ckpt_path", "{dydifftd3bc}", "--name", "../mine-v0"], "no id that Minari takes"),
         (["--ckpt_path", "nowhere.ckpt"], "does not exist"),
     ],
 )
@@ -108,4 +111,5 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     assert main(["export", *(a.format(**known) for a in args)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0], lines
+    assert not (folder / "mine").exists() and not (folder.parent / "mine-v0").exists()
     assert not list(folder.glob("**/.*.partial"))

@@ -202,7 +202,7 @@ def test_idql_clones_and_chooses() -> None:
     assert (method.eval_sampler.name, method.eval_sampler.noise_scale, method.sampler.noise_scale) == ("ddpm", 0.5, 1.0)
     assert (method.ema_options.decay, method.net_options.time_dim, method.lr_decay) == (0.9999, 64, "cosine")
     assert (critic.layers, critic.activation, critic.tau, critic.grad_clip) == (2, "relu", 0.005, None)
-    assert method.expectile == 0.7
+    assert (method.expectile, method.act_with) == (0.7, "average")
     assert (data["normalizer"], data["reward"]) == ("gaussian", "return_range")
 
 

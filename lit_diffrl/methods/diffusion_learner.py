@@ -39,10 +39,12 @@ class DiffusionLearner(OfflineLearner):
         policy_ema: Its average, which draws the actions of the critics' targets.
         action_approximation: Whether the critic judges the action of EDP's Eq. 9.
         clip_approximation: Whether that is kept within the box.
+        act_with: Who acts: the ``policy`` that learns, or its ``average``.
     """
 
     action_approximation: bool
     clip_approximation = True
+    act_with: Literal["policy", "average"] = "policy"
 
     fixed_arguments = ("schedule", "n_diffusion_steps")
     offline_loss = "loss/diffusion"
@@ -143,14 +145,19 @@ class DiffusionLearner(OfflineLearner):
 
     # ---------------------------------------------------------------- acting
 
+    @property
+    def actor(self) -> DiffusionPolicy:
+        """The policy that acts."""
+        return self.policy if self.act_with == "policy" else self.policy_ema.net  # type: ignore[return-value]
+
     def propose(self, obs: Tensor) -> Tensor:
-        """One draw of the policy that learns, as at evaluation but not chosen among others."""
+        """One draw of the policy that acts, not chosen among others."""
         assert self.spec is not None
         noise = self.draws.randn_like(obs.new_empty(len(obs), self.spec.action_dim))
-        return self.policy.sample(obs, noise, self.eval_sampler, self.draws.randn_like)
+        return self.actor.sample(obs, noise, self.eval_sampler, self.draws.randn_like)
 
     def decide(self, obs: Tensor, rows: list[int]) -> Tensor:
-        """Draw candidates from the policy that learns and choose among them by the critics (EDP, section 4.5)."""
+        """Draw candidates from the policy that acts and choose among them by the critics (EDP, section 4.5)."""
         assert self.spec is not None
         n = self.selection.candidates
 
@@ -158,7 +165,7 @@ class DiffusionLearner(OfflineLearner):
             return self.row_noise(rows, x.shape[1:])
 
         noise = self.row_noise(rows, (n, self.spec.action_dim))
-        actions = self.policy.sample(obs, noise, self.eval_sampler, draw)
+        actions = self.actor.sample(obs, noise, self.eval_sampler, draw)
         if n == 1:
             return actions[:, 0]
         return self.select(obs, actions, rows, self.selection)

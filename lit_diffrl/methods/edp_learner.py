@@ -47,7 +47,9 @@ class EDP(DiffusionLearner):
         selection: Choice among candidates at evaluation.
         net: The noise network.
         critic: The critics and their targets.
-        ema: Average of the policy; until ``start`` it stays the initial one.
+        ema: Average of the policy; until ``start`` it stays the initial one. It draws the actions of the critics'
+            targets (EDP-IQL's have none), and those to act with if ``act_with`` says so.
+        act_with: Who acts: the ``policy`` that learns, as in EDP and Diffusion-QL, or its ``average``, as in IDQL.
         lr: Learning rate of the policy; the critics' is ``critic.lr``, which is IQL's value's too.
         lr_decay: ``cosine`` to 0 over the run, or ``none``.
         grad_clip: Largest norm of the policy's gradient; null for no limit.
@@ -68,6 +70,7 @@ class EDP(DiffusionLearner):
         net: NoiseNetOptions = NoiseNetOptions(),
         critic: CriticOptions = EDP_CRITIC,
         ema: EMAOptions = POLICY_EMA,
+        act_with: Literal["policy", "average"] = "policy",
         lr: float = 3e-4,
         lr_decay: Literal["none", "cosine"] = "none",
         grad_clip: float | None = 5.0,
@@ -80,7 +83,9 @@ class EDP(DiffusionLearner):
                 "model.guide_weight and model.diffusion_weight are both 0: the policy would learn nothing; give one of "
                 "them a weight"
             )
+        check_choice("model.act_with", act_with, ("policy", "average"))
         self.save_hyperparameters(logger=False)
+        self.act_with = act_with
         self.guide_weight, self.diffusion_weight = guide_weight, diffusion_weight
         self.action_approximation, self.clip_approximation = action_approximation, clip_approximation
         self._keep(

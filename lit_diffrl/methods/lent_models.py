@@ -25,11 +25,13 @@ class LentModels(OfflineLearner):
         models: Names of the modules and buffers that belong to the models.
         models_data: Arguments of the data module that they cannot be lent across.
         edm: Their noise levels.
+        default_edm: These, where an argument leaves fields out.
     """
 
     models: tuple[str, ...]
     models_data: tuple[str, ...] = ()
     edm: EDM
+    default_edm = EDM()
 
     @property
     def data(self) -> TrajectoryData:
@@ -76,7 +78,7 @@ class LentModels(OfflineLearner):
         refuse_other_arguments("data", self.models_data, saved, self.data.hparams)
 
     def _refuse_other_levels(self, arguments: Mapping[str, Any]) -> None:
-        saved = as_options(EDM(), arguments.get("edm", {}))
+        saved = as_options(self.default_edm, arguments.get("edm", {}))
         refuse_other_arguments(
             "model", ("edm.sigma_data",), {"edm.sigma_data": saved.sigma_data}, {"edm.sigma_data": self.edm.sigma_data}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,16 @@ def load_agent(path: str | Path, device: Any, **arguments: Any) -> Method:
     Args:
         path: The checkpoint.
         device: Where to put the networks.
-        arguments: Of the method, in place of those saved.
+        arguments: Of the method, in place of those saved; a dict replaces the fields that it names of a group.
     """
     checkpoint = read_checkpoint(path)
     kind = method_class(checkpoint[CHECKPOINT_KEY]["method"])
+    saved = own_arguments(checkpoint.get("hyper_parameters", {}))
+    for name, value in arguments.items():  # of a group of options what is given, and the rest as saved
+        both = isinstance(value, Mapping) and isinstance(saved.get(name), Mapping)
+        saved[name] = {**saved[name], **value} if both else value
     try:
-        agent = kind(**own_arguments(checkpoint.get("hyper_parameters", {})) | arguments)
+        agent = kind(**saved)
     except TypeError as error:
         raise ConfigError(
             f"{path} was written by another version of {kind.__name__} ({error}); use that version, or train again"

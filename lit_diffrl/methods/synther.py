@@ -71,6 +71,7 @@ class SynthER(Synthesis):
     row_std: Tensor
     row_low: Tensor
     row_high: Tensor
+    default_edm = ROW_LEVELS
     models = ("denoiser", "denoiser_ema", "row_mean", "row_std", "row_low", "row_high")
 
     def __init__(
@@ -87,7 +88,7 @@ class SynthER(Synthesis):
     ) -> None:
         super().__init__(**kwargs)
         check_range("model.diffusion_epochs", diffusion_epochs, 1)
-        self.edm, self.churn = as_options(ROW_LEVELS, edm), as_options(ROW_CHURN, churn)
+        self.edm, self.churn = as_options(self.default_edm, edm), as_options(ROW_CHURN, churn)
         self.edm_sampler = as_options(ROW_SAMPLER, edm_sampler)
         self._keep_synthesis(real_ratio, models_ckpt)
         self.denoiser_options = as_options(TransitionDenoiserOptions(), denoiser)

@@ -51,6 +51,12 @@ class Synthesis(LentModels):
     def _keep_synthesis(self, real_ratio: float, models_ckpt: str | None) -> None:
         """Check and keep what both have."""
         check_range("model.real_ratio", real_ratio, 0, 1)
+        names = [phase.name for phase in super().phases]
+        if names != ["policy"]:
+            raise ConfigError(
+                f"{type(self).__name__} would train a learner with phases {', '.join(names)}, of which only one named "
+                "policy can learn from synthetic transitions; combine it with a learner of one phase, e.g. TD3BC"
+            )
         self.real_ratio, self.models_ckpt = real_ratio, models_ckpt
         self._real: Tensor | None = None
 
@@ -99,7 +105,8 @@ class Synthesis(LentModels):
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The learner's, then those of the models."""
-        return [*super().configure_optimizers(), *self.model_optimizers()]  # type: ignore[misc]
+        own = super().configure_optimizers()
+        return [*(own if isinstance(own, list) else [own]), *self.model_optimizers()]  # type: ignore[list-item]
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """Those of the learner, who knows of no others."""
@@ -117,7 +124,7 @@ class Synthesis(LentModels):
             return None
         mixed, self._real = self.mix(batch)
         outputs = super().training_step(mixed, batch_idx)  # type: ignore[misc]
-        if self.reporting and self._real is not None:
+        if self.reporting and self._real is not None and hasattr(self, "critic"):
             self._compare(mixed, self._real)
         return outputs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -194,6 +195,7 @@ class RolloutEvaluation(Callback):
             {
                 "method": type(pl_module).__name__,
                 "dataset": _spec(pl_module).dataset_ids,
+                "environment": json.loads(_spec(pl_module).env_spec or "{}").get("id"),
                 "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "seeds": [self.test_seed, self.test_seed + self.test_episodes - 1],

@@ -19,7 +19,7 @@ from lit_diffrl.data.episodes import Episodes
 from lit_diffrl.data.replay_buffer import ReplayBuffer
 from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.errors import ConfigError
-from lit_diffrl.methods import DyDiffCQL, DyDiffIQL, DyDiffTD3BC, Method, dydiff
+from lit_diffrl.methods import BC, QGPO, DyDiffCQL, DyDiffIQL, DyDiffTD3BC, Method, dydiff
 from lit_diffrl.methods.dydiff import DyDiff, Rollouts
 from lit_diffrl.methods.synthetic_learner import AFTER_UPDATES, SYNTHETIC, Synthesis
 from lit_diffrl.methods.termination import Termination
@@ -653,9 +653,26 @@ def test_learners_without_a_config_of_their_own_learn_from_the_mix(
         assert ("q/real" in found) is (ratio > 0), "a kind of rows that a batch has none of has no curve"
 
 
+class DyDiffBC(DyDiff, BC):
+    """A learner without critics, made outside of the project."""
+
+
+class DyDiffQGPO(DyDiff, QGPO):
+    """One with phases of its own."""
+
+
+def test_a_learner_without_critics_learns_from_the_mix_and_one_with_phases_is_refused(folder: Path) -> None:
+    config().fit("a", "--model", "DyDiffBC", "--data.updates_per_epoch=2")
+    found = curves("a")
+    assert found["synthetic/rows"][0][1] > 0 and "q/synthetic" not in found
+    with pytest.raises(ConfigError, match="learner with phases behaviour, critic, energy.*e.g. TD3BC"):
+        DyDiffQGPO()
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [
+        ("corrections=0", "model.diffusion_epochs 1 trains a model that model.rollouts.corrections 0 never asks"),
         ("warmup_epochs=1", "model.rollouts.warmup_epochs 1 leaves none of model.policy_epochs 1"),
         ("length=32", "model.rollouts.length 32 is more than the 31 transitions in windows of data.horizon 32"),
         ("sample_policy=true", "model.rollouts.sample_policy true changes nothing with model.policy deterministic"),

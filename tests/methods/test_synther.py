@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lit_diffrl.__main__ import main
 from lit_diffrl.data import PolicyBatch
-from lit_diffrl.methods import TD3BC
+from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods import TD3BC, SynthERTD3BC
 from lit_diffrl.methods.synther import SynthER
 from lit_diffrl.methods.synthetic_learner import SYNTHETIC
 
@@ -131,6 +132,16 @@ def test_a_report_of_numbers_that_are_not_finite_names_the_steps_of_real_rows_al
     assert torch.equal(method.recorded_steps(steps), steps), "no batch was mixed"
     method._real = torch.tensor([True, False, False, True])
     assert method.recorded_steps(steps).tolist() == [0, 3]
+
+
+def test_options_given_in_part_are_completed_alike_when_saved_and_when_loaded(folder: Path) -> None:
+    content = config().fit("a")
+    method: Any = SynthERTD3BC(edm={"rho": 5.0})
+    assert (method.edm.rho, method.edm.sigma_data) == (5.0, 1.0)
+    method._refuse_other_levels(content["hyper_parameters"])
+    method._refuse_other_levels({"edm": {"rho": 5.0}})
+    with pytest.raises(ConfigError, match="edm.sigma_data: checkpoint 0.5, now 1.0"):
+        method._refuse_other_levels({"edm": {"sigma_data": 0.5}})
 
 
 def test_a_denoiser_is_lent_to_another_learner(folder: Path) -> None:
