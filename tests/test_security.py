@@ -195,6 +195,7 @@ def test_what_lightning_would_call_is_not_looked_at(stranger: Path) -> None:
     assert isinstance(lit_diffrl.load(path), DMEMM)
     agent = DMEMM.load_from_checkpoint(path, sampler={"steps": 2})
     assert isinstance(agent, DMEMM) and agent.sampler.steps == 2 and not agent.training
+    assert agent.sampler.name == lit_diffrl.load(path).sampler.name, "the rest of the group is as it was saved"
     data = WindowData.load_from_checkpoint(path, batch_size=4)
     assert isinstance(data, WindowData) and (data.batch_size, data.horizons) == (4, [8])
     assert main(["fit", "--ckpt_path", str(path), "--trainer.max_epochs", "3"]) == 0

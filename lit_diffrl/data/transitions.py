@@ -42,7 +42,7 @@ from lit_diffrl.data.rewards import (
 from lit_diffrl.data.segments import keep_steps
 from lit_diffrl.data.sources import SourceInfo
 from lit_diffrl.data.stream import Blocks
-from lit_diffrl.errors import DataError, check_choice, check_range
+from lit_diffrl.errors import ConfigError, DataError, check_choice, check_range
 from lit_diffrl.seeding import Place
 
 # Added to the deviations that states are divided by, as TD3+BC and its descendants do.
@@ -120,6 +120,11 @@ class TransitionData(OfflineData):
         check_choice("data.reward", reward, TUNINGS)
         check_range("data.reward_scale", reward_scale, 0, low_open=True)
         check_range("data.reward_shift", reward_shift)
+        if reward != "affine" and (reward_scale, reward_shift) != (10.0, -5.0):
+            raise ConfigError(
+                f"data.reward_scale {reward_scale:g} and data.reward_shift {reward_shift:g} are of data.reward 'affine', "
+                f"got {reward!r}; use that, or leave them out"
+            )
         check_range("data.top_fraction", top_fraction, 0, 1, low_open=True)
         if action_clip is not None:
             check_range("data.action_clip", action_clip, 0, 1, low_open=True)

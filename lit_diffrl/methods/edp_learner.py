@@ -83,6 +83,11 @@ class EDP(DiffusionLearner):
                 "model.guide_weight and model.diffusion_weight are both 0: the policy would learn nothing; give one of "
                 "them a weight"
             )
+        if not (action_approximation or clip_approximation):
+            raise ConfigError(
+                "model.clip_approximation false is of the action of Eq. 9, which model.action_approximation false does "
+                "not take; set one of them true"
+            )
         check_choice("model.act_with", act_with, ("policy", "average"))
         self.save_hyperparameters(logger=False)
         self.act_with = act_with
@@ -167,6 +172,10 @@ class WeightedEDP(EDP):
         check_choice("model.objective", objective, ("mle", "elbo", "mse"))
         self.objective, self.normalize_elbo, self.normalize_weights = objective, normalize_elbo, normalize_weights
         super().__init__(**kwargs)
+        if objective != "elbo" and not normalize_elbo:
+            raise ConfigError(
+                f"model.normalize_elbo false is of model.objective 'elbo', got {objective!r}; use that, or leave it out"
+            )
         if objective == "elbo" and self.schedule.kind == "cosine":
             raise ConfigError(
                 "model.objective 'elbo' (Eq. 12) gives nearly all weight to the last step of model.schedule 'cosine'; "

@@ -271,6 +271,26 @@ def test_the_best_candidate_is_taken_at_temperature_0_and_the_sampler_can_be_exc
     assert method.act(torch.zeros(50, 2)).mean() > single.act(torch.zeros(50, 2)).mean() + 0.1
 
 
+@pytest.mark.parametrize("who", ["policy", "average"])
+def test_who_acts_is_the_policy_or_its_average(who: str) -> None:
+    method = built(EDPIQL, act_with=who)
+    other = method.policy_ema if who == "policy" else method.policy
+
+    def actions() -> torch.Tensor:
+        method.reset(seeds=list(range(50)))
+        found: torch.Tensor = method.act(torch.zeros(50, 2))
+        return found
+
+    before = actions()
+    for weight in other.parameters():
+        weight.data.normal_()
+    assert torch.equal(before, actions()), "the other's weights do not matter"
+    acting = method.policy if who == "policy" else method.policy_ema
+    for weight in acting.parameters():
+        weight.data.mul_(0.5)
+    assert not torch.equal(before, actions())
+
+
 def test_what_is_not_changed_at_evaluation_is_as_in_training() -> None:
     edp = EDPTD3(sampler={"steps": 9, "order": 2, "noise_scale": 0.5}, eval_sampler={"steps": 3})
     assert edp.eval_sampler == ActionSamplerOptions("dpm", steps=3, order=2, noise_scale=0.5)
@@ -311,6 +331,9 @@ def test_episodes_do_not_depend_on_their_neighbours() -> None:
         (EDPCRR, {"objective": "elba"}, "did you mean 'elbo'"),
         (DiffusionQL, {"critic": {"backup_top_k": 2}}, "backup_top_k"),
         (EDPIQL, {"n_diffusion_steps": 1, "schedule": "vp", "sampler": {"name": "dpm"}}, "sampler.name 'dpm'.* got 1"),
+        (EDPTD3, {"act_with": "ema"}, "act_with must be one of.*average"),
+        (EDPTD3, {"action_approximation": False, "clip_approximation": False}, "set one of them true"),
+        (EDPCRR, {"normalize_elbo": False}, "normalize_elbo false is of model.objective 'elbo', got 'mle'"),
         (DiffusionQL, {"net": {"time_dim": 5}}, "net.time_dim is 5.*e.g. 6"),
     ],
 )
@@ -337,7 +360,7 @@ CLONING: dict[Any, dict[str, Any]] = {kind: {"guide_weight": 0.0} for kind in LE
 IMPROVING: dict[Any, dict[str, Any]] = {
     EDPTD3: {"alpha": 0.5},
     EDPCRR: {"beta": 0.1},
-    EDPIQL: {"eta": 10.0},
+    EDPIQL: {"eta": 10.0, "guide_weight": 3.0},  # at 1 by 0.1 to 0.3, by the seed
     DiffusionQL: {"eta": 0.2},
 }
 
