@@ -413,6 +413,11 @@ def test_arguments_out_of_range_are_refused(options):
         TransitionData(**options)
 
 
+def test_numbers_of_a_tuning_that_is_not_chosen_are_refused():
+    with pytest.raises(ConfigError, match="reward_scale 2 and reward_shift -5 are of data.reward 'affine', got 'none'"):
+        TransitionData(reward_scale=2.0)
+
+
 def test_a_tuning_that_does_not_fit_the_data_is_refused_with_its_name():
     with pytest.raises(DataError, match="test/set-v0: data.reward 'iql_antmaze' is for rewards of 0 and"):
         make_data([5], reward="iql_antmaze")
