@@ -96,9 +96,12 @@ def cut(name: str, part: Any) -> Edit:
     ],
     ids=["nan-reward", "nan-action", "inf-obs", "action-range", "flag", "obs-rows", "reward-rows", "action-columns"],
 )
+@pytest.mark.parametrize("config", ["", "edp_td3"], ids=["windows", "transitions"])
 def test_malformed_episodes(
-    make_minari: Callable[..., str], edit: Edit, words: list[str], capsys: pytest.CaptureFixture[str]
+    make_minari: Callable[..., str], edit: Edit, words: list[str], config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if config:
+        Path("main.yaml").write_text((CONF / f"{config}.yaml").read_text())
     line = refused(capsys, make_minari(edit=edit))
     assert "test/point-v0" in line and all(word in line for word in words), line
 

@@ -122,8 +122,8 @@ class TransitionData(OfflineData):
         check_range("data.reward_shift", reward_shift)
         if reward != "affine" and (reward_scale, reward_shift) != (10.0, -5.0):
             raise ConfigError(
-                f"data.reward_scale {reward_scale:g} and reward_shift {reward_shift:g} are of data.reward 'affine', got "
-                f"{reward!r}; use that, or leave them out"
+                f"data.reward_scale {reward_scale:g} and reward_shift {reward_shift:g} are of data.reward 'affine', "
+                f"got {reward!r}; use that, or leave them out"
             )
         check_range("data.top_fraction", top_fraction, 0, 1, low_open=True)
         if action_clip is not None:
