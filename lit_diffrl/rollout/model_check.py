@@ -16,6 +16,7 @@ from lit_diffrl.rollout.model_errors import (
     errors_figure,
     model_errors,
     one_step_errors,
+    replayed_errors,
     wholly_observed,
 )
 from lit_diffrl.rollout.pictures import encode_png, figure_pixels
@@ -32,8 +33,9 @@ class ModelCheck(Callback):
     writes the numbers into ``results/``. The picture goes into TensorBoard (``model/errors``) and ``pictures/``.
     ``test`` also compares the policy's rollouts in the models, after each round of correction, with its own in the
     simulator (``…-rollouts``), which the rounds are to bring closer, with the share of them that ends in either and
-    their returns (unless ``data.reward`` changes rewards, or a maze's goals differ), and each of their steps with the
-    simulator's from the same predicted state (``…-steps``).
+    their returns (unless ``data.reward`` changes rewards, or a maze's goals differ); with what the simulator makes of
+    their own actions (``…-replayed``); and each of their steps with the simulator's from the same predicted state
+    (``…-steps``).
 
     Logged: ``model/<name>_<horizon>``, mean squared error of a state's entries in units of their deviations; 2 is that
     of a state that has nothing to do with the true one. ``first_state`` is the error of predicting that nothing moves;
@@ -105,6 +107,7 @@ class ModelCheck(Callback):
             reward = loop.reward if comparable else None
             return {
                 "rollouts": closed_loop_errors(simulator, rollouts, loop.policy, scale, method.rule, reward),
+                "replayed": replayed_errors(simulator, rollouts, scale),
                 "steps": one_step_errors(simulator, rollouts, scale, method.rule),
             }
 

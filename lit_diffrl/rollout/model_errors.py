@@ -184,6 +184,24 @@ def one_step_errors(
     return _summary(found)
 
 
+def replayed_errors(simulator: Simulator, rollouts: Mapping[str, tuple[Tensor, Tensor]], scale: Tensor) -> ModelErrors:
+    """Compare rollouts with what the simulator makes of their own actions, from the same first states.
+
+    As :func:`model_errors`, on actions that a policy chose in the models: whether the states that are kept belong to
+    the actions that are kept beside them.
+
+    Args:
+        simulator: Of the dataset.
+        rollouts: States ``(n, H, obs)`` and the actions taken in them ``(n, H, action)`` by name, raw.
+        scale: ``(obs,)`` deviations of the states.
+    """
+    found = {}
+    for name, (states, actions) in rollouts.items():
+        truth = replay(simulator, states[:, 0].cpu().double().numpy(), actions.cpu().double().numpy())
+        found[name] = _squares(states, truth.states, scale), truth.counts
+    return _summary(found)
+
+
 def wholly_observed(simulator: Simulator, first: Tensor) -> Tensor:
     """Which first states ``(n, obs)`` the simulator can be set to, ``(n,)`` bool.
 

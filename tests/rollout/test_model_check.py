@@ -46,6 +46,9 @@ def test_models_are_compared_once_when_they_are_finished_and_again_by_test(
     assert list(closed) == ["single-step rollout", "correction 1", "correction 2", "first state"]
     assert all(np.shape(errors) == (32,) and errors[0] < 1e-6 < errors[20] for errors in closed.values())
     assert closed["correction 1"] != closed["correction 2"] and (run / "pictures/last-rollouts.png").exists()
+    replayed = json.loads((run / "results/last-replayed.json").read_text())
+    assert list(replayed["mean"]) == ["single-step rollout", "correction 1", "correction 2"]
+    assert all(errors[0] < 1e-6 < errors[20] for errors in replayed["mean"].values())
     steps = json.loads((run / "results/last-steps.json").read_text())
     assert list(steps["mean"]) == ["single-step rollout", "correction 1", "correction 2"]
     assert steps["rows"] == [5] * 32 and (run / "pictures/last-steps.png").exists()

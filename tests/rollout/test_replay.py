@@ -28,6 +28,7 @@ from lit_diffrl.rollout.model_errors import (
     errors_figure,
     model_errors,
     one_step_errors,
+    replayed_errors,
 )
 from lit_diffrl.rollout.pictures import figure_pixels
 from lit_diffrl.rollout.replay import Replay, Simulator, replay
@@ -401,6 +402,21 @@ def test_steps_are_compared_from_where_the_rollout_is() -> None:
     # A velocity moves within the step too; of a solver's warm start a restored state knows nothing.
     assert errors.mean["a"][5] == pytest.approx(3.0**2 / 4, rel=1e-6)
     assert np.delete(errors.mean["a"], [0, 5]).max() < 1e-9
+
+
+def test_rollouts_are_compared_with_what_their_own_actions_do() -> None:
+    """States of other actions than those beside them are wrong from the first that differs on."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (2, 12, 2))
+    start = np.array([[-1.0, 1.0, 1.0, 0.0], [0.5, 1.0, -2.0, 0.1]])
+    with Simulator(spec_of(env_spec("umaze").to_json(), 4, 2, ["observation"])) as simulator:
+        states = torch.from_numpy(replay(simulator, start, actions).states)
+        others = torch.from_numpy(actions).clone()
+        others[:, 5] *= -1
+        rollouts = {"own": (states, torch.from_numpy(actions)), "others": (states, others)}
+        errors = replayed_errors(simulator, rollouts, torch.ones(4))
+    assert errors.mean["own"].max() < 1e-12
+    assert errors.mean["others"][:6].max() < 1e-12 < errors.mean["others"][6:].min()
 
 
 def test_steps_after_a_predicted_end_and_from_clipped_states_do_not_count() -> None:
