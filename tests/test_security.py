@@ -190,12 +190,14 @@ def test_what_lightning_would_call_is_not_looked_at(stranger: Path) -> None:
     def plant(content: dict[str, Any]) -> None:
         for part in ("hyper_parameters", "datamodule_hyper_parameters"):
             content[part] |= {"_instantiator": "stranger.make", "_class_path": "stranger.make"}
+        content["hyper_parameters"]["sampler"] = {"name": "ddim", "eta": 0.5}
 
     path = edit(plant)
     assert isinstance(lit_diffrl.load(path), DMEMM)
     agent = DMEMM.load_from_checkpoint(path, sampler={"steps": 2})
     assert isinstance(agent, DMEMM) and agent.sampler.steps == 2 and not agent.training
-    assert agent.sampler.name == lit_diffrl.load(path).sampler.name, "the rest of the group is as it was saved"
+    assert (agent.sampler.name, agent.sampler.eta) == ("ddim", 0.5), "the rest of the group is as it was saved"
+    assert DMEMM.load_from_checkpoint(path, sampler={"name": "dpm_solver"}).sampler.eta == 0, "that of ddim"
     data = WindowData.load_from_checkpoint(path, batch_size=4)
     assert isinstance(data, WindowData) and (data.batch_size, data.horizons) == (4, [8])
     assert main(["fit", "--ckpt_path", str(path), "--trainer.max_epochs", "3"]) == 0

@@ -189,6 +189,12 @@ class AEPO(AEPOCritics):
         super().setup(stage)
         self._tabulated = False
         if stage == "fit" and self.trainer.ckpt_path is None:
+            if self.posterior_options.isotonic and not self.posterior_options.clamp:
+                raise ConfigError(
+                    "model.posterior.isotonic true smooths a variance that model.posterior.clamp false leaves "
+                    "unlimited, and spreads its errors at late times over all; give isotonic false as well, or clamp "
+                    "true"
+                )
             for known in (self.posterior.fitted, self.posterior.running, self.posterior.weight):
                 known.zero_()
 

@@ -65,11 +65,11 @@ class DyDiff(PolicyRollouts):
     max, skewness of the predicted returns; ``kept_return_mean``), ``synthetic/kept``, ``synthetic/overlap`` (share of
     those kept that are among the best; near ``keep`` the filter is as good as none), ``synthetic/decile_…``,
     ``synthetic/length``, ``synthetic/done``, ``synthetic/stored``, ``synthetic/rows``, ``synthetic/age`` (epochs),
-    ``synthetic/gap`` (distance of the stored actions from those that their states were drawn for: small as corrections
-    settle, but not where the policy draws its actions, as a diffusion policy does anew in every round),
-    ``synthetic/outside``, ``synthetic/disagreement`` (of the ensemble along the rollouts), and times. In mixed batches
-    ``q/real``, ``q/synthetic`` and ``td_error/…``: synthetic values far above the real ones can mean that the learner
-    exploits the models.
+    ``synthetic/gap`` (what the last round moved the actions by, so that with ``emit`` policy their states were drawn
+    for others: small as corrections settle, but not where the policy draws its actions, as a diffusion policy does anew
+    in every round), ``synthetic/outside``, ``synthetic/disagreement`` (of the ensemble along the rollouts), and times.
+    In mixed batches ``q/real``, ``q/synthetic`` and ``td_error/…``: synthetic values far above the real ones can mean
+    that the learner exploits the models.
 
     Args:
         world_model_epochs: Epochs in which the single-step model and the reward model learn.
@@ -138,7 +138,7 @@ class DyDiff(PolicyRollouts):
                 f"model.rollouts.warmup_epochs {self.rollouts.warmup_epochs} leaves none of model.policy_epochs "
                 f"{self.policy_epochs} with rollouts; give fewer, or real_ratio 1 for the learner alone"
             )
-        if self.epochs["diffusion"] and not self.rollouts.corrections:
+        if self.epochs["diffusion"] and not self.rollouts.corrections and self.trainer.ckpt_path is None:
             raise ConfigError(
                 f"model.diffusion_epochs {self.epochs['diffusion']} trains a model that model.rollouts.corrections 0 "
                 "never asks; give diffusion_epochs 0, or corrections"

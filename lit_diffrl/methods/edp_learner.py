@@ -49,7 +49,8 @@ class EDP(DiffusionLearner):
         critic: The critics and their targets.
         ema: Average of the policy; until ``start`` it stays the initial one. It draws the actions of the critics'
             targets (EDP-IQL's have none), and those to act with if ``act_with`` says so.
-        act_with: Who acts: the ``policy`` that learns, as in EDP and Diffusion-QL, or its ``average``, as in IDQL.
+        act_with: Who acts: the ``policy`` that learns, as in EDP and Diffusion-QL, or its ``average``, as in IDQL. The
+            average begins as the untrained policy: a run wants several times ``1 / (1 - ema.decay)`` updates then.
         lr: Learning rate of the policy; the critics' is ``critic.lr``, which is IQL's value's too.
         lr_decay: ``cosine`` to 0 over the run, or ``none``.
         grad_clip: Largest norm of the policy's gradient; null for no limit.

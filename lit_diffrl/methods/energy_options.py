@@ -191,11 +191,6 @@ class PosteriorOptions:
         check_range("posterior.grid", self.grid, 2)
         check_range("posterior.samples", self.samples, 2)
         check_range("posterior.decay", self.decay, 0, 1, high_open=True)
-        if self.isotonic and not self.clamp:
-            raise ConfigError(
-                "model.posterior.isotonic true smooths a variance that model.posterior.clamp false leaves unlimited, "
-                "and spreads its errors at late times over all; give isotonic false as well, or clamp true"
-            )
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,14 @@ def load_agent(path: str | Path, device: Any, **arguments: Any) -> Method:
     Args:
         path: The checkpoint.
         device: Where to put the networks.
-        arguments: Of the method, in place of those saved; a dict replaces the fields that it names of a group.
+        arguments: Of the method, in place of those saved. A dict replaces the fields of a group that it has, unless it
+            chooses another kind by ``name``, whose fields the saved ones are not.
     """
     checkpoint = read_checkpoint(path)
     kind = method_class(checkpoint[CHECKPOINT_KEY]["method"])
     saved = own_arguments(checkpoint.get("hyper_parameters", {}))
-    for name, value in arguments.items():  # of a group of options what is given, and the rest as saved
-        both = isinstance(value, Mapping) and isinstance(saved.get(name), Mapping)
-        saved[name] = {**saved[name], **value} if both else value
+    for name, value in arguments.items():
+        saved[name] = _merged(saved.get(name), value)
     try:
         agent = kind(**saved)
     except TypeError as error:
@@ -71,3 +71,10 @@ def load_agent(path: str | Path, device: Any, **arguments: Any) -> Method:
     agent.on_load_checkpoint(checkpoint)
     agent.load_state_dict(checkpoint["state_dict"])
     return agent.to(device).eval()
+
+
+def _merged(saved: Any, given: Any) -> Any:
+    """A group of options with the fields that are given in place of those saved; any other value as given."""
+    if not (isinstance(given, Mapping) and isinstance(saved, Mapping)):
+        return given
+    return {**saved, **given} if given.get("name", saved.get("name")) == saved.get("name") else given

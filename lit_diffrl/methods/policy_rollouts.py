@@ -110,12 +110,13 @@ class PolicyRollouts(DynamicsModels):
             self.draws.begin(place, self.device)
             x = self.state_limits.normalize(self.to_own(first))
             x, actions = synthesis.single_step_rollout(x, self.act_in, self.step_model(x), horizon)
-            found, (predict, _) = {"single-step rollout": (x, actions)}, self.rounds()
+            found, (predict, samples) = {"single-step rollout": (x, actions)}, self.rounds()
             for k in range(1, self.rollouts.corrections + 1):
-                x, actions, _ = synthesis.iterate_correction(
+                x, actions, previous = synthesis.iterate_correction(
                     x, actions, predict, self.act_in, rounds=1, beta=self.rollouts.damping
                 )
-                found[f"correction {k}"] = x, actions
+                kept = (samples[-1], previous) if self.rollouts.emit == "dynamics" else (x, actions)
+                found[f"correction {k}"] = kept
             raw, units = self.state_limits.unnormalize, self.action_normalizer.unnormalize
             return {name: (raw(x).float(), units(a).float()) for name, (x, a) in found.items()}
 

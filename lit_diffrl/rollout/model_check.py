@@ -107,7 +107,7 @@ class ModelCheck(Callback):
             reward = loop.reward if comparable else None
             return {
                 "rollouts": closed_loop_errors(simulator, rollouts, loop.policy, scale, method.rule, reward),
-                "replayed": replayed_errors(simulator, rollouts, scale),
+                "replayed": replayed_errors(simulator, rollouts, scale, method.rule),
                 "steps": one_step_errors(simulator, rollouts, scale, method.rule),
             }
 

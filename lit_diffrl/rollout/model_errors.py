@@ -184,21 +184,25 @@ def one_step_errors(
     return _summary(found)
 
 
-def replayed_errors(simulator: Simulator, rollouts: Mapping[str, tuple[Tensor, Tensor]], scale: Tensor) -> ModelErrors:
+def replayed_errors(
+    simulator: Simulator, rollouts: Mapping[str, tuple[Tensor, Tensor]], scale: Tensor, terminal: Terminal
+) -> ModelErrors:
     """Compare rollouts with what the simulator makes of their own actions, from the same first states.
 
     As :func:`model_errors`, on actions that a policy chose in the models: whether the states that are kept belong to
-    the actions that are kept beside them.
+    the actions that are kept beside them. States after a predicted terminal one do not count, since none is kept.
 
     Args:
         simulator: Of the dataset.
         rollouts: States ``(n, H, obs)`` and the actions taken in them ``(n, H, action)`` by name, raw.
         scale: ``(obs,)`` deviations of the states.
+        terminal: Which states end an episode.
     """
     found = {}
     for name, (states, actions) in rollouts.items():
         truth = replay(simulator, states[:, 0].cpu().double().numpy(), actions.cpu().double().numpy())
-        found[name] = _squares(states, truth.states, scale), truth.counts
+        kept = with_first(up_to_end(terminal(states[:, 1:]).cpu().numpy()), True)
+        found[name] = _squares(states, truth.states, scale), truth.counts & kept
     return _summary(found)
 
 

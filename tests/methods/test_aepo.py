@@ -388,7 +388,6 @@ def test_joint_training_moves_all_networks_in_every_update() -> None:
     ("options", "words"),
     [
         ({"guidance": "closed_form", "energy_epochs": 0}, "nothing would guide; give 1"),
-        ({"posterior": {"clamp": False}}, "isotonic true smooths a variance that model.posterior.clamp false leaves"),
         (
             {"posterior": {"mean": "sample"}, "target": {"a_bar": "posterior_mean"}},
             "would be it, too; use a_bar 'data'",
@@ -400,6 +399,22 @@ def test_joint_training_moves_all_networks_in_every_update() -> None:
 def test_options_without_effect_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         AEPO(**options)
+
+
+def test_a_variance_that_is_not_held_is_not_smoothed_either() -> None:
+    """Refused where a run begins: the table of a finished one is made."""
+    method = small(AEPO, posterior={"clamp": False})
+    with pytest.raises(ConfigError, match="isotonic true smooths a variance that model.posterior.clamp false leaves"):
+        fit(method)
+
+
+def test_a_second_run_of_one_object_has_averages_of_its_own() -> None:
+    method = small(AEPO, behaviour_epochs=0, critic_epochs=0, schedule="joint", target={"scale": 1.0})
+    weights = []
+    for _ in range(2):
+        fit(method, 4, linear_bandit())
+        weights.append(float(method.posterior.weight.max()))
+    assert weights[0] > 0 and weights[1] == pytest.approx(weights[0], rel=0.5)
 
 
 def test_guidance_moves_the_policy_as_far_as_it_should() -> None:

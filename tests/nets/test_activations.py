@@ -37,6 +37,14 @@ def test_first_and_second_derivatives_agree_with_differences() -> None:
     assert gradcheck(mish, (x,)) and gradgradcheck(mish, (x,))
 
 
+def test_functional_transforms_go_through_it() -> None:
+    x = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    value, slope = torch.func.jvp(mish, (x,), (torch.ones_like(x),))
+    expected = torch.func.jvp(F.mish, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close((value, slope), expected)
+    torch.testing.assert_close(torch.func.vmap(mish)(x.view(5, 5)), F.mish(x.view(5, 5)))
+
+
 @pytest.mark.parametrize("shape", [(0,), (), (3, PIECE // 2 + 1), (PIECE + 7,)])
 def test_pieces_do_not_show(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)

@@ -128,6 +128,7 @@ def test_fit_validate_and_test_agree(toy_spec, tmp_path, capsys):
     assert written["summary"]["score"]["mean"] == pytest.approx(metrics["eval/score"])
     assert np.mean([e["return"] for e in written["episodes"]]) == pytest.approx(metrics["eval/return"])
     assert (written["method"], written["dataset"]) == ("Learner", ["toy/countdown-v0"])
+    assert written["environment"] == json.loads(str(toy_spec().env_spec))["id"]
     assert written["options"] == {"begins": 0, "step": 0.05} and written["checkpoint"] == checkpoint
     assert [p.name for p in (folder / "results").iterdir()] == ["last-test.json"]  # no drafts left
 

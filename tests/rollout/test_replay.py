@@ -414,7 +414,10 @@ def test_rollouts_are_compared_with_what_their_own_actions_do() -> None:
         others = torch.from_numpy(actions).clone()
         others[:, 5] *= -1
         rollouts = {"own": (states, torch.from_numpy(actions)), "others": (states, others)}
-        errors = replayed_errors(simulator, rollouts, torch.ones(4))
+        errors = replayed_errors(simulator, rollouts, torch.ones(4), lambda x: x[..., 0] > 100)
+        level = states[0, 8, 0]
+        cut = replayed_errors(simulator, rollouts, torch.ones(4), lambda x: x[..., 0] == level)
+    assert cut.rows.tolist() == [2] * 9 + [1] * 3, "a row ends with the state that is terminal"
     assert errors.mean["own"].max() < 1e-12
     assert errors.mean["others"][:6].max() < 1e-12 < errors.mean["others"][6:].min()
 
