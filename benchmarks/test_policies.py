@@ -31,6 +31,7 @@ UPDATES = {
     "Diffusion-QL, K 5": (DiffusionQL, {}, 41),
     "Diffusion-QL, K 100": (DiffusionQL, {"n_diffusion_steps": 100}, 442),
     "EDP-TD3, K 1000, 15 calls": (EDPTD3, {}, 43),
+    "EDP-TD3, K 1000, 8 calls": (EDPTD3, {"sampler": ActionSamplerOptions(name="dpm", steps=8)}, ""),
     "EDP-TD3 without action approximation": (EDPTD3, {"action_approximation": False}, ""),
     "EDP-TD3 without DPM-Solver, K 100": (EDPTD3, {"n_diffusion_steps": 100, "sampler": DDPM}, ""),
     "EDP-CRR, K 1000, 15 calls": (EDPCRR, {}, ""),
