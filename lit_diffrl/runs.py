@@ -97,7 +97,7 @@ def outlast_events(folder: Path) -> None:
     Args:
         folder: The run folder.
     """
-    made = {name.name.split(".")[3] for name in folder.glob("events.out.tfevents.*.*")}
+    made = {file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*.*")}
     while f"{int(time.time()):010d}" in made:
         time.sleep(0.02)
 
