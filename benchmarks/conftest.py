@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from lit_diffrl.memory import keep_freed_memory
+from lit_diffrl.nets.prepared import prepared_once
 
 torch.set_num_threads(1)
 keep_freed_memory()  # as the command line does
@@ -119,9 +121,12 @@ def row(
             stash[U] = min(stash[U], timer() - start)
 
     measure()
-    # As in a run: updates round weights at every call, what acts and draws does so once.
+    # As in a run, where what acts and draws rounds each weight once.
     bf16, updates = request.config.getoption("bf16"), "update" in request.node.name
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=not updates):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False),
+        nullcontext() if updates else prepared_once(long=True),
+    ):
         yield
     measure()
     if benchmark.stats is not None:  # None under --benchmark-disable

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lit_diffrl.errors import ConfigError
+from lit_diffrl.nets.prepared import prepared_once
 
 ACCEPTED = {
     "32-true": "everything in float32",
@@ -41,8 +42,8 @@ def check_precision(precision: int | str) -> None:
 def constant_weights(trainer: Trainer) -> Iterator[None]:
     """The precision of the updates, for what calls networks many times while nobody changes them.
 
-    Lightning has every call of an update round the weights anew. Here each is rounded once and kept until the end: with
-    solvers of 15 calls that was a tenth of the time.
+    Each weight is prepared once and kept until the end: of linear layers by
+    :func:`~lit_diffrl.nets.prepared.prepared_once`, of convolutions by autocast's own cache, where that keeps them.
 
     Args:
         trainer: Whose precision.
@@ -51,5 +52,5 @@ def constant_weights(trainer: Trainer) -> Iterator[None]:
         device = trainer.strategy.root_device.type
         enabled = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if enabled else None
-        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=True):
+        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=True), prepared_once():
             yield

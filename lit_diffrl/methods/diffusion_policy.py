@@ -16,6 +16,7 @@ from lit_diffrl.diffusion.hooks import Randn
 from lit_diffrl.diffusion.schedules import Schedule
 from lit_diffrl.methods.policy_options import ActionSamplerOptions, NoiseNetOptions
 from lit_diffrl.nets.noise_net import NoiseNet
+from lit_diffrl.nets.prepared import prepared_once
 from lit_diffrl.seeding import Draws
 
 
@@ -86,6 +87,7 @@ class DiffusionPolicy(nn.Module):
         a_hat = self.schedule.x0_from_eps(noised.a_k, noised.k, noised.eps_hat)
         return a_hat.clamp(-1, 1) if clip else a_hat
 
+    @prepared_once()
     def sample(
         self, obs: Tensor, noise: Tensor, options: ActionSamplerOptions, randn: Randn = torch.randn_like
     ) -> Tensor:

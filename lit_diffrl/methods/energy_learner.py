@@ -39,6 +39,7 @@ from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.methods.policy_options import CriticOptions
 from lit_diffrl.methods.support_learner import SupportLearner
 from lit_diffrl.nets.energy import BehaviourNet, EnergyNet
+from lit_diffrl.nets.prepared import prepared_once
 
 RELU_CRITIC = CriticOptions(activation="relu")
 
@@ -259,6 +260,7 @@ class EnergyLearner(SupportLearner):
         gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
         return gradient if unit == 1 else lambda x, t: unit * gradient(x, t)
 
+    @prepared_once()
     def draw_actions(self, obs: Tensor, noise: Tensor, options: SolverOptions, acting: tuple[float, bool]) -> Tensor:
         """Denoise actions, under guidance if its degree is not 0.
 

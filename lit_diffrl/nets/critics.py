@@ -16,6 +16,7 @@ from lit_diffrl.nets.blocks import in_blocks
 from lit_diffrl.nets.ensemble import EnsembleLinear, Members
 from lit_diffrl.nets.linear import batched_linear, unrounded, value_by
 from lit_diffrl.nets.mlp import MLP
+from lit_diffrl.nets.prepared import rounded
 from lit_diffrl.nets.relu_blocks import relu_perceptrons, worth_blocks
 
 
@@ -110,7 +111,7 @@ class TwinQ(nn.Module):
         if n == 1:
             out: Tensor = layer(torch.cat([obs, action[:, 0]], dim=-1), members)
             return out
-        weight, bias = layer.parameters_of(members)
+        weight, bias = map(rounded, layer.parameters_of(members))
         of_obs = batched_linear(obs, weight[:, : self.obs_dim], bias)
         of_action = batched_linear(action.flatten(0, 1), weight[:, self.obs_dim :])
         return (of_action.unflatten(1, (-1, n)) + of_obs.unsqueeze(2)).flatten(1, 2)

@@ -15,6 +15,7 @@ from lit_diffrl.nets.blocks import in_blocks
 from lit_diffrl.nets.linear import Linear, linear, value_by
 from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.noise_net import like_rows
+from lit_diffrl.nets.prepared import rounded
 
 PART = 32  # size of the embeddings of time and state in the behaviour network
 TOGETHER = 1024  # pairs of time and state up to which the conditions of all fit the cache
@@ -238,7 +239,7 @@ class EnergyNet(nn.Module):
                 z = linear(value(z), layer.weight, layer.bias)
             grad = back(last.weight.to(z.dtype)[0].expand_as(z), z)
             for layer, z in zip(reversed(middle), reversed(inputs)):
-                grad = back(linear(grad, layer.weight.t()), z)
+                grad = back(linear(grad, rounded(layer.weight).t()), z)
             return linear(grad, of_action.t()).to(x.dtype)
 
         return gradient
@@ -248,7 +249,7 @@ class EnergyNet(nn.Module):
 
     def _first(self) -> Sequence[Tensor]:
         """The first layer's columns for action, time and state."""
-        return self._layers()[0].weight.split(self.columns, dim=1)
+        return rounded(self._layers()[0].weight).split(self.columns, dim=1)
 
     def _time_part(self, t: Tensor) -> Tensor:
         """What times add to the first layer, with its bias."""

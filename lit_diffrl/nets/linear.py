@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_diffrl.nets.prepared import in_long_region, once, rounded
+
 WORTH = 2**19  # multiplications from which on oneDNN's product is the faster one, where it ever is
 
 
@@ -31,6 +33,16 @@ def _onednn() -> Any:
     return product if two.item() == 2 else None
 
 
+def _packed_types() -> tuple[torch.dtype, ...]:
+    """Types in which oneDNN takes weights that were laid out for it before."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.ones(1, 1))
+        half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError, TypeError):  # not in this build, or with other arguments
+        return ()
+    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+
+
 def _intel() -> bool:
     """Whether the processor is one of those that MKL is made for; older versions of torch do not tell."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -39,6 +51,7 @@ def _intel() -> bool:
 
 ONEDNN = _onednn()
 FASTER = ONEDNN is not None and not _intel()  # than F.linear, layer by layer
+PACKED = _packed_types()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,8 +65,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
+    packed = _packed(x, weight)
+    if packed is not None:
+        rows = x.reshape(-1, x.shape[-1]).to(packed.dtype)
+        found: Tensor = ONEDNN(rows, packed, bias if bias is None else rounded(bias), "none", [], "")
+        return found.reshape(*x.shape[:-1], weight.shape[0])
     if not (x.numel() * weight.shape[0] > WORTH and _faster(x, weight)):
-        return F.linear(x, weight, bias)
+        return F.linear(x, rounded(weight), bias if bias is None else rounded(bias))
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if learns(x, weight, bias):
         out: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
@@ -76,8 +94,8 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     rows, (_, width_in, width_out) = x.shape[-2], weight.shape
     worth = rows * width_in * width_out > 2 * WORTH or (width_out == 1 and rows > 32)
     if not (worth and _faster(x, weight[0])):
-        x = x.expand(len(weight), -1, -1)
-        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+        x, weight = x.expand(len(weight), -1, -1), rounded(weight)
+        return torch.bmm(x, weight) if bias is None else torch.baddbmm(rounded(bias), x, weight)
     if learns(x, weight, bias):
         out: Tensor = _BatchedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
@@ -170,6 +188,21 @@ def learns(*tensors: Tensor | None) -> bool:
 def _faster(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's is the product to take for a layer of these."""
     return FASTER and fits(x, weight) and _dense(x) and _dense(weight)
+
+
+def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
+    """A parameter as autocast rounds it, laid out for oneDNN, once; None where that is not to be, or saves nothing."""
+    if not in_long_region() or ONEDNN is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    elif FASTER and x.dtype == torch.float32 and x.numel() * weight.shape[0] > WORTH:
+        dtype = torch.float32
+    else:
+        return None
+    if dtype not in PACKED:
+        return None
+    return once(weight, "packed", dtype, lambda w: torch.ops.mkldnn._reorder_linear_weight(w.detach().to(dtype)))
 
 
 def _dense(x: Tensor) -> bool:

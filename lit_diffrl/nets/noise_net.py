@@ -13,6 +13,7 @@ from lit_diffrl.nets.blocks import in_blocks
 from lit_diffrl.nets.embeddings import SinusoidalEmbedding
 from lit_diffrl.nets.linear import Linear, linear
 from lit_diffrl.nets.mlp import MLP
+from lit_diffrl.nets.prepared import rounded
 
 
 class Layout(NamedTuple):
@@ -135,7 +136,7 @@ class NoiseNet(nn.Module):
         return time
 
     def _part(self, name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x, self._first.weight[:, self.columns[name]], bias)
+        return linear(x, rounded(self._first.weight)[:, self.columns[name]], bias)
 
     def _time_part(self, k: Tensor) -> Tensor:
         return self._part("time", self._time(k), self._first.bias)
@@ -144,7 +145,7 @@ class NoiseNet(nn.Module):
         """The network from actions and the other parts of the first layer."""
         others = like_rows(of_time, x) + like_rows(of_obs, x)
         if x.dim() == 2:
-            h = torch.addmm(others, x, self._first.weight[:, self.columns["action"]].t())
+            h = torch.addmm(others, x, rounded(self._first.weight)[:, self.columns["action"]].t())
         else:
             h = self._part("action", x).add_(others)
         _, *layers = self.net
