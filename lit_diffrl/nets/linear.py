@@ -51,7 +51,7 @@ def _intel() -> bool:
 
 ONEDNN = _onednn()
 FASTER = ONEDNN is not None and not _intel()  # than F.linear, layer by layer
-PACKED = _packed_types()
+PACKED = _packed_types() if ONEDNN is not None else ()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -167,6 +167,18 @@ class _BatchedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = batched_linear(x.mT, grad)
         return grad_x, grad_weight, grad.sum(1, keepdim=True) if ctx.needs_input_grad[2] else None
+
+
+def rounds(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast makes bfloat16 of these, and oneDNN's product is there for that."""
+    return (
+        torch.bfloat16 in PACKED
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()
+    )
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

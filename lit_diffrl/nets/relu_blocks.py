@@ -1,8 +1,10 @@
 """Perceptrons with ReLU on many rows at once on a CPU: CQL's critics at 31 actions in each of 256 states, QGPO's at 16.
 
 The arithmetic is that of one layer after the other; what differs is the order of the work. Rows are taken in blocks
-whose activations stay in the cache, and activations are held transposed, a row's in one column, in which form oneDNN
-runs all three products of a layer (forward, gradient of the input, gradient of the weight) at full speed.
+whose activations stay in the cache. Where weights learn, activations are held transposed, a row's in one column, in
+which form oneDNN runs all three products of a layer (forward, gradient of the input, gradient of the weight) at full
+speed. Where they do not, its products add the bias and cut at 0 themselves: on 4,096 rows that takes a tenth less in
+float32, and in bfloat16, whose activations are the larger part, a third of the time.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from lit_diffrl.nets.linear import ONEDNN, fits, learns
+from lit_diffrl.nets.linear import ONEDNN, fits, learns, rounds, unrounded
 
 BLOCK = 1024  # rows
 WORTH = 4 * BLOCK  # rows from which on it saves more than it costs
@@ -22,14 +25,14 @@ WORTH = 4 * BLOCK  # rows from which on it saves more than it costs
 
 def worth_blocks(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`relu_perceptrons` applies to rows ``x (R, in)`` and a parameter, and saves time."""
-    return len(x) >= WORTH and fits(x, weight) and not learns(x)
+    return len(x) >= WORTH and not learns(x) and (fits(x, weight) or (rounds(x, weight) and not learns(weight)))
 
 
 def relu_perceptrons(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Evaluate M perceptrons of one output on the same rows; gradients reach the weights, once, and not ``x``.
 
     Args:
-        x: ``(R, in)`` float32 on the CPU.
+        x: ``(R, in)`` float32 on the CPU. Under autocast to bfloat16 no weight may learn.
         layers: Weight ``(M, in, out)`` and bias ``(M, 1, out)`` of at least two layers, the last with one output.
 
     Returns:
@@ -37,13 +40,27 @@ def relu_perceptrons(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tens
     """
     parameters = [tensor for layer in layers for tensor in layer]
     if not learns(*parameters):
-        return _values(x, parameters)
+        return _constant(x, layers)
     out: Tensor = _Perceptrons.apply(x, *parameters)  # type: ignore[no-untyped-call]
     return out
 
 
-def _values(x: Tensor, parameters: Sequence[Tensor], activations: list[Tensor] | None = None) -> Tensor:
-    """The perceptrons' values; the activations of each block are added to the list."""
+def _constant(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The values of perceptrons that do not learn; under autocast as it would round them, but for the last layer."""
+    *hidden, (head, shift) = layers
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+    values = []
+    for m in range(len(head)):
+        maps = [(weight[m].t().to(dtype).contiguous(), bias[m, 0].to(dtype)) for weight, bias in hidden]
+        for h in x.to(dtype).split(BLOCK):
+            for weight, bias in maps:
+                h = ONEDNN(h, weight, bias, "relu", [], "")
+            values.append(unrounded(F.linear, h, head[m].t(), shift[m, 0])[:, 0])
+    return torch.cat(values).view(len(head), -1)
+
+
+def _values(x: Tensor, parameters: Sequence[Tensor], activations: list[Tensor]) -> Tensor:
+    """The values of perceptrons that learn; the activations of each block are added to the list."""
     weights, biases = parameters[::2], parameters[1::2]
     values = []
     for m in range(len(weights[0])):
@@ -52,8 +69,7 @@ def _values(x: Tensor, parameters: Sequence[Tensor], activations: list[Tensor] |
             h = rows.t()
             for weight, bias in zip(transposed[:-1], biases):
                 h = _product(weight, h.t()).add_(bias[m].t()).relu_()
-                if activations is not None:
-                    activations.append(h)
+                activations.append(h)
             values.append((transposed[-1] @ h)[0] + biases[-1][m, 0])
     return torch.cat(values).view(len(weights[0]), -1)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_diffrl.nets import relu_blocks
 from lit_diffrl.nets.critics import TwinQ
-from lit_diffrl.nets.linear import ONEDNN
+from lit_diffrl.nets.linear import ONEDNN, PACKED
 from lit_diffrl.nets.relu_blocks import WORTH, relu_perceptrons, worth_blocks
 
 pytestmark = pytest.mark.skipif(ONEDNN is None, reason="this processor or build keeps to the other product")
@@ -64,9 +64,28 @@ def test_critics_of_many_actions_work_in_blocks(calls: list[int]) -> None:
     values = critic(obs, action)
     assert calls == [100 * n] and values.shape == (2, 100, n)
     with torch.no_grad():
-        assert torch.equal(critic(obs, action), values) and len(calls) == 2
+        torch.testing.assert_close(critic(obs, action), values, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 2
     each = critic(obs.repeat_interleave(n, 0), action.flatten(0, 1)).view(2, 100, n)
     torch.testing.assert_close(values, each, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in PACKED, reason="this processor has no products in bfloat16")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_in_bfloat16_blocks_round_as_layer_after_layer_does(mode: type, calls: list[int]) -> None:
+    torch.manual_seed(0)
+    critic, n = TwinQ(4, 2, hidden=32, layers=3, activation="relu"), WORTH // 100 + 1
+    obs, action = torch.randn(100, 4), torch.randn(100, n, 2)
+    with mode():
+        exact = critic(obs, action)
+        with torch.autocast("cpu", torch.bfloat16):
+            blocks = critic(obs, action)
+            each = critic(obs.repeat_interleave(n, 0), action.flatten(0, 1)).view(2, 100, n)
+    assert calls == [100 * n] * 2 and blocks.dtype == torch.float32
+    error = (each - exact).abs().max()
+    assert 0 < (blocks - exact).abs().max() < 1.5 * error
+    # the last layer is in float32: values that differ, do; in bfloat16 few would
+    assert len(blocks.unique()) > blocks.numel() / 2
 
 
 def test_others_go_layer_by_layer(calls: list[int]) -> None:
@@ -78,6 +97,8 @@ def test_others_go_layer_by_layer(calls: list[int]) -> None:
     relu.double()(obs.double(), many.double())
     relu.float()(obs, many.clone().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
+        relu(obs, many)
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
         relu(obs, many)
     assert calls == []
 
