@@ -124,7 +124,7 @@ def row(
     # As in a run, where what acts and draws rounds each weight once.
     bf16, updates = request.config.getoption("bf16"), "update" in request.node.name
     with (
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=not updates),
         nullcontext() if updates else prepared_once(long=True),
     ):
         yield

@@ -23,7 +23,9 @@ from lit_diffrl.methods import Diffuser, Method
 from lit_diffrl.methods.posterior import PosteriorTable
 from lit_diffrl.methods.world_model import WorldModel
 from lit_diffrl.nets.ensemble import EnsembleMLP
+from lit_diffrl.nets.linear import Linear
 from lit_diffrl.nets.noise_net import NoiseNet
+from lit_diffrl.nets.prepared import in_long_region
 from lit_diffrl.precision import constant_weights
 from lit_diffrl.typos import parameters
 
@@ -301,12 +303,19 @@ def test_aepo_tabulates_the_network_that_it_uses(precision: str, rounds: bool, m
 
 
 @pytest.mark.parametrize(("precision", "roundings"), [("bf16-mixed", 1), ("32-true", 0)])
-def test_weights_that_stay_as_they_are_are_rounded_once_and_anew_the_next_time(precision: Any, roundings: int) -> None:
+@pytest.mark.parametrize("kind", ["convolution", "average that acts"])
+def test_weights_that_stay_as_they_are_are_rounded_once_and_anew_the_next_time(
+    precision: Any, roundings: int, kind: str
+) -> None:
     trainer = Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
-    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    averaged = kind != "convolution"
+    layer = Linear(4, 4).requires_grad_(False) if averaged else torch.nn.Conv1d(4, 4, 1)
+    x = torch.randn(2, 4) if averaged else torch.randn(2, 4, 4)
+    mode = torch.inference_mode if averaged else torch.no_grad
 
     def calls() -> tuple[Tensor, int]:
-        with torch.no_grad(), constant_weights(trainer), torch.profiler.profile() as profile:
+        with mode(), constant_weights(trainer), torch.profiler.profile() as profile:
+            assert in_long_region()
             out = [layer(x) for _ in range(3)][-1]
         copies = next((e.count for e in profile.key_averages() if e.key == "aten::_to_copy"), 0)
         return out, copies
@@ -314,8 +323,8 @@ def test_weights_that_stay_as_they_are_are_rounded_once_and_anew_the_next_time(p
     before, copies = calls()
     assert copies == roundings * (2 + 3), "weight and bias once, the input at each call"
     with torch.no_grad():
-        layer.weight.zero_()
-        layer.bias.zero_()
+        for weight in layer.parameters():
+            weight.zero_()
     after, _ = calls()
     assert bool(before.any()) and not after.any(), "or the rounded weights outlived their context"
     assert not torch.is_autocast_enabled("cpu")

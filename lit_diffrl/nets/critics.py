@@ -86,8 +86,9 @@ class TwinQ(nn.Module):
         """
         if action.dim() == 3 and members is None and self._plain_relu:
             rows = torch.cat([obs.unsqueeze(1).expand(-1, action.shape[1], -1), action], dim=-1).flatten(0, 1)
-            if worth_blocks(rows, self.head.weight):
-                values = relu_perceptrons(rows, [layer.parameters_of() for layer in (*self.layers, self.head)])
+            layers = [layer.parameters_of() for layer in (*self.layers, self.head)]
+            if worth_blocks(rows, layers):
+                values = relu_perceptrons(rows, layers)
                 return values.reshape(len(values), *action.shape[:-1])
         return in_blocks(partial(self._values, members=members), action, obs, axis=1)
 

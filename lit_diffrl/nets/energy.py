@@ -225,13 +225,14 @@ class EnergyNet(nn.Module):
         """
         _, *middle, last = self._layers()
         with torch.no_grad():
-            of_action, _, obs_columns = self._first()
+            obs_columns = self._first()[2]
             table = _by_time(self._time_part, times, obs)
             of_obs = linear(obs, obs_columns)
             value, back = ACTIVATIONS[self.activation](), SLOPES[self.activation]
 
         @torch.no_grad()
         def gradient(x: Tensor, t: Tensor) -> Tensor:
+            of_action = self._first()[0]
             z = linear(x, of_action) + like_rows(_looked_up(table, self._time_part, t) + of_obs, x)
             inputs = []  # of the activations
             for layer in middle:

@@ -68,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     packed = _packed(x, weight)
     if packed is not None:
         rows = x.reshape(-1, x.shape[-1]).to(packed.dtype)
-        found: Tensor = ONEDNN(rows, packed, bias if bias is None else rounded(bias), "none", [], "")
+        found: Tensor = ONEDNN(rows, packed, bias if bias is None else rounded(bias).to(packed.dtype), "none", [], "")
         return found.reshape(*x.shape[:-1], weight.shape[0])
     if not (x.numel() * weight.shape[0] > WORTH and _faster(x, weight)):
         return F.linear(x, rounded(weight), bias if bias is None else rounded(bias))
@@ -171,25 +171,21 @@ class _BatchedLinear(torch.autograd.Function):
 
 def rounds(x: Tensor, weight: Tensor) -> bool:
     """Whether autocast makes bfloat16 of these, and oneDNN's product is there for that."""
-    return (
-        torch.bfloat16 in PACKED
-        and x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and not torch.compiler.is_compiling()
-    )
+    return torch.bfloat16 in PACKED and x.dtype == torch.float32 and _product_type(x, weight) == torch.bfloat16
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's product is there for these."""
-    return (
-        ONEDNN is not None
-        and x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    return ONEDNN is not None and x.dtype == torch.float32 and _product_type(x, weight) == torch.float32
+
+
+def _product_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What a product on the CPU with a float32 weight computes in: float32, or autocast's type; None elsewhere."""
+    if x.device.type != "cpu" or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    if torch.compiler.is_compiling():
+        return None
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
 
 def learns(*tensors: Tensor | None) -> bool:
@@ -204,15 +200,12 @@ def _faster(x: Tensor, weight: Tensor) -> bool:
 
 def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
     """A parameter as autocast rounds it, laid out for oneDNN, once; None where that is not to be, or saves nothing."""
-    if not in_long_region() or ONEDNN is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if not in_long_region():
         return None
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-    elif FASTER and x.dtype == torch.float32 and x.numel() * weight.shape[0] > WORTH:
-        dtype = torch.float32
-    else:
-        return None
+    dtype = _product_type(x, weight)
     if dtype not in PACKED:
+        return None
+    if dtype == torch.float32 and not (FASTER and x.dtype == dtype and x.numel() * weight.shape[0] > WORTH):
         return None
     return once(weight, "packed", dtype, lambda w: torch.ops.mkldnn._reorder_linear_weight(w.detach().to(dtype)))
 

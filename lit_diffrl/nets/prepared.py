@@ -36,6 +36,9 @@ def prepared_once(*, long: bool = False) -> Iterator[None]:
     takes as long as the products of 50 rows. Where gradients are recorded nothing happens. Regions may lie within each
     other, and it serves as a decorator, too.
 
+    Weights must stay as they are within. Changes that torch counts are noticed; those by a fused optimizer or through
+    ``.data`` are not.
+
     Args:
         long: Hundreds of calls will follow, which is when laying weights out for oneDNN pays, too: for those of one
             chain it costs what it saves.
@@ -60,7 +63,7 @@ def once(weight: Tensor, kind: str, dtype: torch.dtype, make: Callable[[Tensor],
         weight: A parameter; None is given back for what is none, or has no count of its changes.
         kind: Name of what is made.
         dtype: Type of what is made.
-        make: Called with the weight; again only after it was changed.
+        make: Called with the weight; again after a change that torch counts.
     """
     table = _region.table
     if table is None or torch.is_grad_enabled() or not isinstance(weight, nn.Parameter) or weight.is_inference():
@@ -74,8 +77,10 @@ def once(weight: Tensor, kind: str, dtype: torch.dtype, make: Callable[[Tensor],
 
 def rounded(weight: Tensor) -> Tensor:
     """A weight as a product under autocast takes it: a parameter rounded once, if a region is open; else as it is."""
+    if _region.table is None or weight.dtype != torch.float32:
+        return weight
     device = weight.device.type
-    if weight.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device):
         return weight
     dtype = torch.get_autocast_dtype(device)
     found = once(weight, "rounded", dtype, lambda w: w.to(dtype))

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.errors import ConfigError, check_range
+from lit_diffrl.nets.prepared import prepared_once
 from lit_diffrl.precision import constant_weights
 from lit_diffrl.rollout import pictures as draw
 from lit_diffrl.rollout.environments import rehearse
@@ -272,7 +272,7 @@ class RolloutEvaluation(Callback):
         max_steps = self.max_steps
         if _rehearsing(trainer):
             episodes, max_steps = min(episodes, REHEARSAL["episodes"]), REHEARSAL["max_steps"]
-        with constant_weights(trainer) if self.mixed else nullcontext():
+        with constant_weights(trainer) if self.mixed else prepared_once(long=True):
             own = run_episodes(
                 _spec(pl_module),
                 pl_module,  # type: ignore[arg-type]

@@ -53,6 +53,20 @@ def noise_of(method: str) -> tuple[nn.Module, Callable[[], Tensor]]:
 NETS = ("noise", "behaviour", "energy", "critics")
 
 
+@pytest.fixture
+def layouts(monkeypatch: pytest.MonkeyPatch) -> list[torch.layout]:
+    """How the weights of oneDNN's products are laid out, product by product."""
+    seen: list[torch.layout] = []
+    product = products.ONEDNN
+
+    def watched(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+        seen.append(weight.layout)
+        return product(x, weight, *others)
+
+    monkeypatch.setattr(products, "ONEDNN", watched)
+    return seen
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_rounding_once_is_what_autocast_does_to_the_last_bit(name: str, mode: type) -> None:
@@ -63,7 +77,7 @@ def test_rounding_once_is_what_autocast_does_to_the_last_bit(name: str, mode: ty
             assert torch.equal(call(), plain)
             assert torch.equal(call(), plain)
             with torch.no_grad():
-                for weight in net.parameters():  # an optimizer's step
+                for weight in net.parameters():
                     weight.mul_(1.5)
             changed = call()
     with bf16(), mode():
@@ -73,14 +87,17 @@ def test_rounding_once_is_what_autocast_does_to_the_last_bit(name: str, mode: ty
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.skipif(torch.bfloat16 not in products.PACKED, reason="this processor has no products in bfloat16")
-def test_laid_out_weights_differ_by_the_order_of_sums_alone(name: str) -> None:
+def test_laid_out_weights_differ_by_the_order_of_sums_alone(name: str, layouts: list[torch.layout]) -> None:
     net, call = noise_of(name)
     with torch.no_grad():
         exact = call()
         with bf16():
             plain = call()
+            assert not layouts
             with prepared_once(long=True):
                 found, again = call(), call()
+                assert bool(layouts) == (name != "critics"), "whose layers are batched"
+                assert all(layout == torch._mkldnn for layout in layouts)  # type: ignore[attr-defined]
                 for weight in net.parameters():
                     weight.mul_(1.5)
                 changed = call()
@@ -94,23 +111,16 @@ def test_laid_out_weights_differ_by_the_order_of_sums_alone(name: str) -> None:
 @pytest.mark.skipif(torch.float32 not in products.PACKED or products.ONEDNN is None, reason="torch has no such layout")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(512, 96), (4, 128, 96)])
-def test_layouts_in_float32(bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts_in_float32(
+    bias: bool, shape: tuple[int, ...], layouts: list[torch.layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(products, "FASTER", True)
-    kinds: list[torch.dtype] = []
-    product = products.ONEDNN
-
-    def watched(x: Tensor, weight: Tensor, *others: object) -> Tensor:
-        kinds.append(weight.layout)
-        return product(x, weight, *others)
-
-    monkeypatch.setattr(products, "ONEDNN", watched)
     x, weight, shift = torch.randn(shape), parameter(80, 96), parameter(80) if bias else None
     expected = nn.functional.linear(x, weight, shift)
     with torch.inference_mode(), prepared_once(long=True):
         for _ in range(2):
             torch.testing.assert_close(linear(x, weight, shift), expected, rtol=1e-4, atol=1e-4)
-    assert kinds
-    assert all(kind == torch._mkldnn for kind in kinds)  # type: ignore[attr-defined]
+    assert layouts == [torch._mkldnn] * 2  # type: ignore[attr-defined]
 
 
 def test_made_once_in_a_region_and_again_after_a_change() -> None:
@@ -209,3 +219,13 @@ def test_nothing_is_kept_after_a_region() -> None:
         assert gone() is not None  # within it, so that no other tensor is taken for it
     gc.collect()
     assert gone() is None
+
+
+def test_a_gradient_made_in_a_region_holds_outside_of_it() -> None:
+    net, x, t = EnergyNet(OBS, ACTION, hidden=32), torch.randn(ROWS, ACTION), torch.full((1,), 0.5)
+    with torch.no_grad(), bf16(), prepared_once():
+        gradient = net.gradient(torch.randn(ROWS, OBS))
+        inside = gradient(x, t)
+    outside = gradient(x, t)
+    assert outside.dtype == torch.float32
+    torch.testing.assert_close(inside, outside, rtol=0.1, atol=0.1 * float(outside.abs().max()))

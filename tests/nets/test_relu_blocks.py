@@ -88,6 +88,25 @@ def test_in_bfloat16_blocks_round_as_layer_after_layer_does(mode: type, calls: l
     assert len(blocks.unique()) > blocks.numel() / 2
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_not_a_number_stays_so(autocast: bool, grad: bool) -> None:
+    critic, obs, action = TwinQ(4, 2, hidden=8, activation="relu"), torch.randn(WORTH, 4), torch.randn(WORTH, 1, 2)
+    obs[7, 0] = torch.nan
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        values = critic(obs, action)
+    assert values.isnan().nonzero().tolist() == [[0, 7, 0], [1, 7, 0]]
+
+
+def test_in_bfloat16_a_critic_that_learns_in_part_goes_layer_by_layer(calls: list[int]) -> None:
+    critic = TwinQ(4, 2, hidden=8, activation="relu")
+    critic.head.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        critic(torch.randn(WORTH, 4), torch.randn(WORTH, 1, 2)).sum().backward()
+    assert calls == []
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in critic.layers)  # type: ignore[union-attr]
+
+
 def test_others_go_layer_by_layer(calls: list[int]) -> None:
     many, few = torch.randn(100, WORTH // 100 + 1, 2), torch.randn(100, 3, 2)
     obs = torch.randn(100, 4)
@@ -106,7 +125,7 @@ def test_others_go_layer_by_layer(calls: list[int]) -> None:
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     critic = TwinQ(1, 1, hidden=8, activation="relu")
     x = torch.randn(4, 2)
-    assert not worth_blocks(x, critic.head.weight), "too few rows"
+    assert not worth_blocks(x, layers_of(critic)), "too few rows"
     values = relu_perceptrons(x, layers_of(critic))
     (slope,) = torch.autograd.grad(values.square().sum(), critic.head.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
