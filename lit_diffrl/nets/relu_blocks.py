@@ -3,8 +3,8 @@
 The arithmetic is that of one layer after the other; what differs is the order of the work. Rows are taken in blocks
 whose activations stay in the cache. Where weights learn, activations are held transposed, a row's in one column, in
 which form oneDNN runs all three products of a layer (forward, gradient of the input, gradient of the weight) at full
-speed. Where they do not, rows stay rows and the product adds the bias: in bfloat16, where activations are the larger
-part, 4,096 rows then take half the time. It could cut at 0 as well, but makes 0 of what is not a number.
+speed. Where they do not, rows stay rows, and the product adds the bias and cuts at 0 itself: in bfloat16, where
+activations are the larger part, 4,096 rows then take a third of the time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lit_diffrl.nets.prepared import once
 
 BLOCK = 1024  # rows
 WORTH = 4 * BLOCK  # rows from which on it saves more than it costs
+SLOPE = 1e-20  # below 0, of what the product itself cuts: 0 to any sum, and with none oneDNN makes 0 of a NaN
 
 
 def worth_blocks(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
@@ -58,7 +59,7 @@ def _constant(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         maps = [(_transposed(weight, dtype)[m], bias[m, 0].to(dtype)) for weight, bias in hidden]
         for h in x.to(dtype).split(BLOCK):
             for weight, bias in maps:
-                h = ONEDNN(h, weight, bias, "none", [], "").relu_()
+                h = ONEDNN(h, weight, bias, "leaky_relu", [SLOPE], "")
             values.append(unrounded(F.linear, h, head[m].t(), shift[m, 0])[:, 0])
     return torch.cat(values).view(len(head), -1)
 
