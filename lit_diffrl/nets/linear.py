@@ -3,8 +3,8 @@
 ``F.linear`` calls MKL, which keeps its widest instructions for Intel's processors; oneDNN, in the same wheel, uses them
 on any: a product of 256 rows with a 256 x 256 weight takes 0.16 ms instead of 0.34 on an AMD EPYC. On Intel's own both
 take 0.2 ms, and MKL less for narrow layers (23 to 256: 0.03 instead of 0.04) and for gradients of weights (0.20 instead
-of 0.25); so there layers keep to it, and only :mod:`~lit_diffrl.nets.relu_blocks` uses oneDNN's. The arithmetic is
-float32 in both, summed in another order.
+of 0.25); so there layers keep to it, but for :mod:`~lit_diffrl.nets.relu_blocks` and for weights in bfloat16 that were
+laid out once (:mod:`~lit_diffrl.nets.prepared`). The arithmetic is the same in both, summed in another order.
 """
 
 from __future__ import annotations

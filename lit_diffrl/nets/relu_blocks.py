@@ -22,7 +22,7 @@ from lit_diffrl.nets.prepared import once
 
 BLOCK = 1024  # rows
 WORTH = 4 * BLOCK  # rows from which on it saves more than it costs
-SLOPE = 1e-20  # below 0, of what the product itself cuts: 0 to any sum, and with none oneDNN makes 0 of a NaN
+SLOPE = 1e-20  # below 0, where the product itself cuts: it adds nothing to a sum, and at 0 oneDNN makes 0 of NaN
 
 
 def worth_blocks(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
@@ -54,12 +54,12 @@ def _constant(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The values of perceptrons that do not learn; under autocast as it would round them, but for the last layer."""
     *hidden, (head, shift) = layers
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+    maps = [(_transposed(weight, dtype), bias.squeeze(1).to(dtype)) for weight, bias in hidden]
     values = []
     for m in range(len(head)):
-        maps = [(_transposed(weight, dtype)[m], bias[m, 0].to(dtype)) for weight, bias in hidden]
         for h in x.to(dtype).split(BLOCK):
             for weight, bias in maps:
-                h = ONEDNN(h, weight, bias, "leaky_relu", [SLOPE], "")
+                h = ONEDNN(h, weight[m], bias[m], "leaky_relu", [SLOPE], "")
             values.append(unrounded(F.linear, h, head[m].t(), shift[m, 0])[:, 0])
     return torch.cat(values).view(len(head), -1)
 

@@ -20,7 +20,7 @@ from lit_diffrl.nets.critics import TwinQ
 from lit_diffrl.nets.energy import BehaviourNet, EnergyNet
 from lit_diffrl.nets.linear import Linear, linear
 from lit_diffrl.nets.noise_net import NoiseNet
-from lit_diffrl.nets.prepared import once, prepared_once, rounded
+from lit_diffrl.nets.prepared import in_long_region, once, prepared_once, rounded
 
 OBS, ACTION, ROWS = 5, 3, 40
 
@@ -138,8 +138,8 @@ def test_made_once_in_a_region_and_again_after_a_change() -> None:
         with prepared_once():
             first = ask()
             with prepared_once(long=True):
-                assert ask() is first
-            assert ask() is first
+                assert ask() is first and in_long_region()
+            assert ask() is first and not in_long_region()
             assert len(made) == 1
             weight.add_(1)
             assert torch.equal(ask(), weight.bfloat16())  # type: ignore[arg-type]
@@ -182,6 +182,21 @@ def test_a_chain_rounds_each_weight_once_and_an_evaluation_once_for_all(name: st
     with prepared_once(long=long):
         assert roundings(draw, 64) == 2
         assert roundings(draw, 64) == 0
+
+
+def test_critics_round_each_weight_once() -> None:
+    net, call = noise_of("critics")
+
+    def rounded_weights() -> int:
+        with torch.no_grad(), bf16(), torch.profiler.profile(record_shapes=True) as profile:
+            call()
+        shapes = {str(list(w.shape)) for w in net.layers.parameters()}  # type: ignore[union-attr, operator]
+        events = profile.key_averages(group_by_input_shape=True)
+        return sum(e.count for e in events if e.key == "aten::_to_copy" and str(e.input_shapes[0]) in shapes)
+
+    with prepared_once():
+        assert rounded_weights() == 2 * 3, "weights and biases of three layers; the head keeps float32"
+        assert rounded_weights() == 0
 
 
 def test_a_guided_chain_rounds_each_weight_once() -> None:

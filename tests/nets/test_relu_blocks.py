@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_diffrl.nets import relu_blocks
 from lit_diffrl.nets.critics import TwinQ
 from lit_diffrl.nets.linear import ONEDNN, PACKED
+from lit_diffrl.nets.prepared import prepared_once
 from lit_diffrl.nets.relu_blocks import WORTH, relu_perceptrons, worth_blocks
 
 pytestmark = pytest.mark.skipif(ONEDNN is None, reason="this processor or build keeps to the other product")
@@ -90,12 +91,27 @@ def test_in_bfloat16_blocks_round_as_layer_after_layer_does(mode: type, calls: l
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_what_is_not_a_number_stays_so(autocast: bool, grad: bool) -> None:
+def test_what_is_not_a_number_stays_so(autocast: bool, grad: bool, calls: list[int]) -> None:
     critic, obs, action = TwinQ(4, 2, hidden=8, activation="relu"), torch.randn(WORTH, 4), torch.randn(WORTH, 1, 2)
     obs[7, 0] = torch.nan
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         values = critic(obs, action)
     assert values.isnan().nonzero().tolist() == [[0, 7, 0], [1, 7, 0]]
+    assert calls == ([] if autocast and (grad or torch.bfloat16 not in PACKED) else [WORTH])
+
+
+def test_weights_are_turned_once_where_they_stay() -> None:
+    critic, obs, action = TwinQ(4, 2, hidden=8, activation="relu"), torch.randn(WORTH, 4), torch.randn(WORTH, 1, 2)
+    with torch.no_grad():
+        expected = critic(obs, action)
+        with prepared_once():
+            assert torch.equal(critic(obs, action), expected)
+            turned = relu_blocks._transposed(critic.layers[1].weight, torch.float32)  # type: ignore[arg-type]
+            assert turned is relu_blocks._transposed(critic.layers[1].weight, torch.float32)  # type: ignore[arg-type]
+            for weight in critic.parameters():
+                weight.mul_(1.5)
+            changed = critic(obs, action)
+        assert torch.equal(changed, critic(obs, action)) and not torch.equal(changed, expected)
 
 
 def test_in_bfloat16_a_critic_that_learns_in_part_goes_layer_by_layer(calls: list[int]) -> None:

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lit_diffrl.errors import ConfigError
+from lit_diffrl.nets.prepared import in_long_region
 from lit_diffrl.rollout import BestCheckpoint, RolloutEvaluation, run_episodes
 
 
@@ -309,6 +310,7 @@ def test_acting_follows_the_precision_of_the_trainer_where_asked(toy_spec, tmp_p
 
     class Watched(Learner):
         def act(self, obs, active=None):
+            assert in_long_region(), "or every decision prepares the weights anew"
             seen.append(torch.is_autocast_enabled("cpu"))
             return super().act(obs, active)
 
