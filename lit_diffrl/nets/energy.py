@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,14 @@ from torch.nn import functional as F
 from lit_diffrl.errors import ConfigError, check_choice, check_range
 from lit_diffrl.nets.activations import ACTIVATIONS, mish_backward
 from lit_diffrl.nets.blocks import in_blocks
-from lit_diffrl.nets.linear import Linear, linear, value_by
+from lit_diffrl.nets.linear import Linear, Map, fixed, linear, value_by
 from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.noise_net import like_rows
 from lit_diffrl.nets.prepared import rounded
 
 PART = 32  # size of the embeddings of time and state in the behaviour network
 TOGETHER = 1024  # pairs of time and state up to which the conditions of all fit the cache
+Block = Callable[[Tensor, Tensor], Tensor]
 
 
 class FourierTime(nn.Module):
@@ -67,10 +69,18 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map ``x (..., in)`` to ``(..., out)`` under a condition that broadcasts to the output."""
-        h = self.inner(x)
+        return self._between(self.inner, self.outer, x, condition)
+
+    def given(self) -> Block:
+        """The block as it is now, for a chain."""
+        inner, outer = (fixed(layer.weight, layer.bias) for layer in (self.inner, self.outer))
+        return partial(self._between, inner, outer)
+
+    def _between(self, inner: Map, outer: Map, x: Tensor, condition: Tensor) -> Tensor:
+        h = inner(x)
         h, shortcut = (h, x) if self.same else h.chunk(2, dim=-1)
         # in place on results of SiLU, whose derivative needs its input alone
-        return F.silu(self.outer(F.silu(h).add_(condition))).add_(shortcut)
+        return F.silu(outer(F.silu(h).add_(condition))).add_(shortcut)
 
 
 class BehaviourNet(nn.Module):
@@ -118,7 +128,8 @@ class BehaviourNet(nn.Module):
         Returns:
             Predicted noise, like ``x``.
         """
-        return self._trunk(x, self._conditions(self.time(t).expand(len(obs), -1), F.silu(self.obs(obs))))
+        conditions = self._conditions(self.time(t).expand(len(obs), -1), F.silu(self.obs(obs)))
+        return self._trunk(x, conditions, self.blocks, self.head)
 
     def given(self, obs: Tensor, times: Sequence[float] = ()) -> Callable[[Tensor, Tensor], Tensor]:
         """The network in fixed states as ``(x, t (1,)) -> eps``, for a sampler.
@@ -139,11 +150,13 @@ class BehaviourNet(nn.Module):
             return self._conditions(*pairs).unflatten(0, (len(t), -1))
 
         table = _by_time(prepare, times, obs)
+        blocks = [block.given() for block in self.blocks]  # type: ignore[operator]
+        trunk = partial(self._trunk, blocks=blocks, head=fixed(self.head.weight, self.head.bias))
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             known = _looked_up(table, prepare, t)
             conditions = known[0] if few else self._conditions(known.expand(len(of_obs), -1), of_obs)
-            return in_blocks(self._trunk, x, conditions)
+            return in_blocks(trunk, x, conditions)
 
         return predict
 
@@ -152,16 +165,15 @@ class BehaviourNet(nn.Module):
         conditions: Tensor = self.condition(F.silu(self.embed(torch.cat([of_time, of_obs], dim=-1))))
         return conditions
 
-    def _trunk(self, x: Tensor, conditions: Tensor) -> Tensor:
-        down1, down2, down3, middle, up2, up1 = self.blocks
+    def _trunk(self, x: Tensor, conditions: Tensor, blocks: Iterable[Block], head: Map) -> Tensor:
+        down1, down2, down3, middle, up2, up1 = blocks
         c1, c2, c3, c4, c5, c6 = like_rows(conditions, x).split(self.widths, dim=-1)
         d1 = down1(x, c1)
         d2 = down2(d1, c2)
         d3 = down3(d2, c3)
         u2 = up2(torch.cat([d3, middle(d3, c4)], dim=-1), c5)
         u1 = up1(torch.cat([d2, u2], dim=-1), c6)
-        out: Tensor = self.head(torch.cat([d1, u1], dim=-1))
-        return out
+        return head(torch.cat([d1, u1], dim=-1))
 
 
 class EnergyNet(nn.Module):
@@ -223,25 +235,28 @@ class EnergyNet(nn.Module):
             obs: States ``(B, S)``. What they add to the first layer is computed once.
             times: Times that will be asked for, each for all rows. On a CPU they are embedded together.
         """
-        _, *middle, last = self._layers()
+        first, *middle, last = self._layers()
+        actions = slice(self.columns[0])
         with torch.no_grad():
-            obs_columns = self._first()[2]
             table = _by_time(self._time_part, times, obs)
-            of_obs = linear(obs, obs_columns)
+            of_obs = linear(obs, self._first()[2])
+            of_action = fixed(first.weight, view=lambda w: w[:, actions])
+            to_action = fixed(first.weight, view=lambda w: w[:, actions].t())
+            onwards = [fixed(layer.weight, layer.bias) for layer in middle]
+            backwards = [fixed(layer.weight, view=torch.t) for layer in reversed(middle)]
             value, back = ACTIVATIONS[self.activation](), SLOPES[self.activation]
 
         @torch.no_grad()
         def gradient(x: Tensor, t: Tensor) -> Tensor:
-            of_action = self._first()[0]
-            z = linear(x, of_action) + like_rows(_looked_up(table, self._time_part, t) + of_obs, x)
+            z = of_action(x) + like_rows(_looked_up(table, self._time_part, t) + of_obs, x)
             inputs = []  # of the activations
-            for layer in middle:
+            for layer in onwards:
                 inputs.append(z)
-                z = linear(value(z), layer.weight, layer.bias)
+                z = layer(value(z))
             grad = back(last.weight.to(z.dtype)[0].expand_as(z), z)
-            for layer, z in zip(reversed(middle), reversed(inputs)):
-                grad = back(linear(grad, rounded(layer.weight).t()), z)
-            return linear(grad, of_action.t()).to(x.dtype)
+            for layer, z in zip(backwards, reversed(inputs)):
+                grad = back(layer(grad), z)
+            return to_action(grad).to(x.dtype)
 
         return gradient
 

@@ -10,6 +10,7 @@ laid out once (:mod:`~lit_diffrl.nets.prepared`). The arithmetic is the same in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from lit_diffrl.nets.prepared import in_long_region, once, rounded
 
+Map = Callable[[Tensor], Tensor]
 WORTH = 2**19  # multiplications from which on oneDNN's product is the faster one, where it ever is
 
 
@@ -65,19 +67,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
-    packed = _packed(x, weight)
-    if packed is not None:
-        rows = x.reshape(-1, x.shape[-1]).to(packed.dtype)
-        found: Tensor = ONEDNN(rows, packed, bias if bias is None else rounded(bias).to(packed.dtype), "none", [], "")
-        return found.reshape(*x.shape[:-1], weight.shape[0])
-    if not (x.numel() * weight.shape[0] > WORTH and _faster(x, weight)):
-        return F.linear(x, rounded(weight), bias if bias is None else rounded(bias))
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if learns(x, weight, bias):
-        out: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
-    else:
-        out = _product(rows, weight, bias)
-    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
+    return _map(x, weight, bias)(x)
+
+
+def fixed(weight: Tensor, bias: Tensor | None = None, view: Map | None = None) -> Map:
+    """:func:`linear` as a function of ``x`` alone, for the calls of a chain, in which weight and bias stay as they are.
+
+    How to compute it is settled, and the weight looked up, at the first call: at each it would take half as long as the
+    product of 50 rows does in bfloat16. Where gradients are recorded it is :func:`linear` at every call.
+
+    Args:
+        weight: ``(out, in)``, or what ``view`` makes that of.
+        bias: ``(out,)`` or None.
+        view: Columns of the weight, or the weight transposed; it is rounded before, if at all.
+    """
+
+    def settle(x: Tensor) -> Map:
+        return _map(x, weight if view is None else view(rounded(weight)), bias)
+
+    if torch.is_grad_enabled():
+        return lambda x: settle(x)(x)
+    settled: Map | None = None
+    device, mixed = weight.device.type, False
+
+    def apply(x: Tensor) -> Tensor:
+        nonlocal settled, mixed
+        if settled is None or torch.is_autocast_enabled(device) != mixed:
+            settled, mixed = settle(x), torch.is_autocast_enabled(device)
+        return settled(x)
+
+    return apply
 
 
 def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -208,6 +227,27 @@ def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
     if dtype == torch.float32 and not (FASTER and x.dtype == dtype and x.numel() * weight.shape[0] > WORTH):
         return None
     return once(weight, "packed", dtype, lambda w: torch.ops.mkldnn._reorder_linear_weight(w.detach().to(dtype)))
+
+
+def _map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Map:
+    """The function of inputs like ``x`` that :func:`linear` is."""
+    packed = _packed(x, weight)
+    if packed is not None:
+        return partial(_packed_product, packed, bias if bias is None else rounded(bias).to(packed.dtype))
+    if not (x.numel() * weight.shape[0] > WORTH and _faster(x, weight)):
+        return partial(F.linear, weight=rounded(weight), bias=bias if bias is None else rounded(bias))
+    return partial(_row_product, weight, bias)
+
+
+def _packed_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    out: Tensor = ONEDNN(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias, "none", [], "")
+    return out
+
+
+def _row_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    out = _Linear.apply(rows, weight, bias) if learns(x, weight, bias) else _product(rows, weight, bias)  # type: ignore[no-untyped-call]
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _dense(x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lit_diffrl.errors import check_choice, check_range
 from lit_diffrl.nets.blocks import in_blocks
 from lit_diffrl.nets.embeddings import SinusoidalEmbedding
-from lit_diffrl.nets.linear import Linear, linear
+from lit_diffrl.nets.linear import Linear, Map, fixed, linear
 from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.prepared import rounded
 
@@ -100,7 +101,7 @@ class NoiseNet(nn.Module):
             parts = {"action": x, "time": self._time(k), "obs": obs}
             out: Tensor = self.net(torch.cat([parts[name] for name in self.columns], dim=-1))
             return out
-        return self._joined(x, self._time_part(k), self._part("obs", obs))
+        return self._joined(x, self._time_part(k), self._part("obs", obs), list(self.net)[1:])
 
     def given(self, obs: Tensor, steps: Sequence[float] = ()) -> Callable[[Tensor, Tensor], Tensor]:
         """The network in fixed states as ``(x, k) -> eps``, for a sampler.
@@ -116,10 +117,13 @@ class NoiseNet(nn.Module):
             k = torch.tensor(steps, dtype=torch.promote_types(obs.dtype, torch.float32))
             table = dict(zip(k.tolist(), self._time_part(k).split(1)))
 
+        layers = [fixed(layer.weight, layer.bias) if isinstance(layer, Linear) else layer for layer in self.net]
+        joined = partial(self._joined, layers=layers[1:])
+
         def predict(x: Tensor, k: Tensor) -> Tensor:
             known = table.get(k.item()) if table and len(k) == 1 else None
             of_time = self._time_part(k) if known is None else known
-            return in_blocks(self._joined, x, of_time.expand(len(x), -1), of_obs)
+            return in_blocks(joined, x, of_time.expand(len(x), -1), of_obs)
 
         return predict
 
@@ -141,14 +145,13 @@ class NoiseNet(nn.Module):
     def _time_part(self, k: Tensor) -> Tensor:
         return self._part("time", self._time(k), self._first.bias)
 
-    def _joined(self, x: Tensor, of_time: Tensor, of_obs: Tensor) -> Tensor:
-        """The network from actions and the other parts of the first layer."""
+    def _joined(self, x: Tensor, of_time: Tensor, of_obs: Tensor, layers: Sequence[Map]) -> Tensor:
+        """The network from actions and the other parts of the first layer; ``layers`` are those after it."""
         others = like_rows(of_time, x) + like_rows(of_obs, x)
         if x.dim() == 2:
             h = torch.addmm(others, x, rounded(self._first.weight)[:, self.columns["action"]].t())
         else:
             h = self._part("action", x).add_(others)
-        _, *layers = self.net
         for layer in layers:
             h = layer(h)
         return h

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_diffrl.nets import linear as module
-from lit_diffrl.nets.linear import Linear, batched_linear, linear, unrounded
+from lit_diffrl.nets.linear import Linear, batched_linear, fixed, linear, unrounded
+from lit_diffrl.nets.prepared import prepared_once
 
 needs_onednn = pytest.mark.skipif(module.ONEDNN is None, reason="torch has one product here")
 
@@ -147,3 +149,46 @@ def test_a_last_layer_is_in_float32_under_autocast_whatever_it_is_given(given: t
     assert torch.equal(found, layer(x.float()))
     (grad,) = torch.autograd.grad(found.sum(), layer.weight)
     torch.testing.assert_close(grad[0], x.float().sum(0))
+
+
+VIEWS: dict[str, tuple[int, Callable[[Tensor], Tensor] | None]] = {
+    "whole": (96, None),
+    "columns": (40, lambda w: w[:, :40]),
+    "transposed": (80, torch.t),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("rows", [(256,), (4, 64)])
+@pytest.mark.parametrize("long", [None, False, True])
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_fixed_map_is_linear_and_is_settled_once(
+    view: str, rows: tuple[int, ...], long: bool | None, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FASTER", faster and module.ONEDNN is not None)
+    width, seen = VIEWS[view]
+    layer, x, settled = Linear(96, 80, bias=view != "transposed"), torch.randn(*rows, width), list[Tensor]()
+    settle = module._map
+    monkeypatch.setattr(module, "_map", lambda *args: settled.append(args[0]) or settle(*args))
+    expected = F.linear(x, layer.weight if seen is None else seen(layer.weight), layer.bias)
+    with torch.inference_mode(), nullcontext() if long is None else prepared_once(long=long):
+        found = fixed(layer.weight, layer.bias, seen)
+        for _ in range(2):
+            torch.testing.assert_close(found(x), expected, rtol=1e-4, atol=1e-5)
+        assert len(settled) == 1
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            assert found(x).dtype == torch.bfloat16
+            torch.testing.assert_close(found(x).float(), expected, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(found(x), expected, rtol=1e-4, atol=1e-5)
+        assert len(settled) == 3, "once for each side of autocast"
+
+
+def test_a_fixed_map_passes_gradients_and_follows_its_weight_where_they_are_recorded() -> None:
+    layer, x = Linear(6, 4), torch.randn(3, 6, requires_grad=True)
+    found = fixed(layer.weight, layer.bias)
+    for _ in range(2):
+        given = torch.autograd.grad(found(x).square().sum(), (x, *layer.parameters()))
+        expected = torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters()))
+        for a, b in zip(given, expected):
+            torch.testing.assert_close(a, b)
+        layer.weight.data.mul_(2)
