@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 keep_freed_memory()  # as the command line does
 
 YARDSTICK_ROUNDS = 10
-IN_A_ROW = 10  # one alone may meet a moment of a higher clock, which lasts for a millisecond and no update is done in
+IN_A_ROW = 10  # one alone may meet a moment of a higher clock, too short for any update
 U = pytest.StashKey[float]()
 ROWS = pytest.StashKey[list[tuple[str, float, str]]]()
 

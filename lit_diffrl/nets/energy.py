@@ -20,7 +20,7 @@ from lit_diffrl.nets.prepared import rounded
 
 PART = 32  # size of the embeddings of time and state in the behaviour network
 TOGETHER = 1024  # pairs of time and state up to which the conditions of all fit the cache
-Block = Callable[[Tensor, Tensor], Tensor]
+ResidualMap = Callable[[Tensor, Tensor], Tensor]
 
 
 class FourierTime(nn.Module):
@@ -69,14 +69,13 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map ``x (..., in)`` to ``(..., out)`` under a condition that broadcasts to the output."""
-        return self._between(self.inner, self.outer, x, condition)
+        return self._through(self.inner, self.outer, x, condition)
 
-    def given(self) -> Block:
+    def given(self) -> ResidualMap:
         """The block as it is now, for a chain."""
-        inner, outer = (fixed(layer.weight, layer.bias) for layer in (self.inner, self.outer))
-        return partial(self._between, inner, outer)
+        return partial(self._through, self.inner.fixed(), self.outer.fixed())
 
-    def _between(self, inner: Map, outer: Map, x: Tensor, condition: Tensor) -> Tensor:
+    def _through(self, inner: Map, outer: Map, x: Tensor, condition: Tensor) -> Tensor:
         h = inner(x)
         h, shortcut = (h, x) if self.same else h.chunk(2, dim=-1)
         # in place on results of SiLU, whose derivative needs its input alone
@@ -151,7 +150,7 @@ class BehaviourNet(nn.Module):
 
         table = _by_time(prepare, times, obs)
         blocks = [block.given() for block in self.blocks]  # type: ignore[operator]
-        trunk = partial(self._trunk, blocks=blocks, head=fixed(self.head.weight, self.head.bias))
+        trunk = partial(self._trunk, blocks=blocks, head=self.head.fixed())
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             known = _looked_up(table, prepare, t)
@@ -165,7 +164,7 @@ class BehaviourNet(nn.Module):
         conditions: Tensor = self.condition(F.silu(self.embed(torch.cat([of_time, of_obs], dim=-1))))
         return conditions
 
-    def _trunk(self, x: Tensor, conditions: Tensor, blocks: Iterable[Block], head: Map) -> Tensor:
+    def _trunk(self, x: Tensor, conditions: Tensor, blocks: Iterable[ResidualMap], head: Map) -> Tensor:
         down1, down2, down3, middle, up2, up1 = blocks
         c1, c2, c3, c4, c5, c6 = like_rows(conditions, x).split(self.widths, dim=-1)
         d1 = down1(x, c1)
@@ -242,7 +241,7 @@ class EnergyNet(nn.Module):
             of_obs = linear(obs, self._first()[2])
             of_action = fixed(first.weight, view=lambda w: w[:, actions])
             to_action = fixed(first.weight, view=lambda w: w[:, actions].t())
-            onwards = [fixed(layer.weight, layer.bias) for layer in middle]
+            onwards = [layer.fixed() for layer in middle]
             backwards = [fixed(layer.weight, view=torch.t) for layer in reversed(middle)]
             value, back = ACTIVATIONS[self.activation](), SLOPES[self.activation]
 

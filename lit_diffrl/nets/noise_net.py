@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_diffrl.errors import check_choice, check_range
 from lit_diffrl.nets.blocks import in_blocks
 from lit_diffrl.nets.embeddings import SinusoidalEmbedding
-from lit_diffrl.nets.linear import Linear, Map, fixed, linear
+from lit_diffrl.nets.linear import Linear, Map, linear
 from lit_diffrl.nets.mlp import MLP
 from lit_diffrl.nets.prepared import rounded
 
@@ -117,8 +117,8 @@ class NoiseNet(nn.Module):
             k = torch.tensor(steps, dtype=torch.promote_types(obs.dtype, torch.float32))
             table = dict(zip(k.tolist(), self._time_part(k).split(1)))
 
-        layers = [fixed(layer.weight, layer.bias) if isinstance(layer, Linear) else layer for layer in self.net]
-        joined = partial(self._joined, layers=layers[1:])
+        layers = [layer.fixed() if isinstance(layer, Linear) else layer for layer in list(self.net)[1:]]
+        joined = partial(self._joined, layers=layers)
 
         def predict(x: Tensor, k: Tensor) -> Tensor:
             known = table.get(k.item()) if table and len(k) == 1 else None

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_diffrl.nets import linear as module
+from lit_diffrl.nets.energy import BehaviourNet, EnergyNet
 from lit_diffrl.nets.linear import Linear, batched_linear, fixed, linear, unrounded
+from lit_diffrl.nets.noise_net import NoiseNet
 from lit_diffrl.nets.prepared import prepared_once
 
 needs_onednn = pytest.mark.skipif(module.ONEDNN is None, reason="torch has one product here")
@@ -158,37 +160,70 @@ VIEWS: dict[str, tuple[int, Callable[[Tensor], Tensor] | None]] = {
 }
 
 
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the inputs for which it was settled how to compute a map."""
+    seen, settle = list[torch.Size](), module._computation
+
+    def counted(x: Tensor, *others: Tensor) -> Callable[[Tensor], Tensor]:
+        seen.append(x.shape)
+        return settle(x, *others)
+
+    monkeypatch.setattr(module, "_computation", counted)
+    return seen
+
+
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("rows", [(256,), (4, 64)])
 @pytest.mark.parametrize("long", [None, False, True])
 @pytest.mark.parametrize("faster", [True, False])
 def test_a_fixed_map_is_linear_and_is_settled_once(
-    view: str, rows: tuple[int, ...], long: bool | None, faster: bool, monkeypatch: pytest.MonkeyPatch
+    view: str, long: bool | None, faster: bool, settled: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "FASTER", faster and module.ONEDNN is not None)
-    width, seen = VIEWS[view]
-    layer, x, settled = Linear(96, 80, bias=view != "transposed"), torch.randn(*rows, width), list[Tensor]()
-    settle = module._map
-    monkeypatch.setattr(module, "_map", lambda *args: settled.append(args[0]) or settle(*args))
-    expected = F.linear(x, layer.weight if seen is None else seen(layer.weight), layer.bias)
+    (width, seen), layer = VIEWS[view], Linear(96, 80, bias=view != "transposed")
+    weight = layer.weight if seen is None else seen(layer.weight)
+    rows = torch.randn(256, width)
+    inputs = [rows, rows[:7], rows[::2], rows.unflatten(0, (4, 64)), torch.randn(width, 60).t(), rows]
     with torch.inference_mode(), nullcontext() if long is None else prepared_once(long=long):
         found = fixed(layer.weight, layer.bias, seen)
-        for _ in range(2):
-            torch.testing.assert_close(found(x), expected, rtol=1e-4, atol=1e-5)
+        for x in inputs:
+            torch.testing.assert_close(found(x), F.linear(x, weight, layer.bias), rtol=1e-4, atol=1e-5)
         assert len(settled) == 1
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            assert found(x).dtype == torch.bfloat16
-            torch.testing.assert_close(found(x).float(), expected, rtol=0.05, atol=0.05)
-        torch.testing.assert_close(found(x), expected, rtol=1e-4, atol=1e-5)
+            for x in inputs:
+                assert found(x).dtype == torch.bfloat16
+                expected = F.linear(x, weight, layer.bias).float()
+                torch.testing.assert_close(found(x).float(), expected, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(found(rows), F.linear(rows, weight, layer.bias), rtol=1e-4, atol=1e-5)
         assert len(settled) == 3, "once for each side of autocast"
 
 
-def test_a_fixed_map_passes_gradients_and_follows_its_weight_where_they_are_recorded() -> None:
-    layer, x = Linear(6, 4), torch.randn(3, 6, requires_grad=True)
-    found = fixed(layer.weight, layer.bias)
-    for _ in range(2):
-        given = torch.autograd.grad(found(x).square().sum(), (x, *layer.parameters()))
-        expected = torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters()))
-        for a, b in zip(given, expected):
-            torch.testing.assert_close(a, b)
-        layer.weight.data.mul_(2)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_fixed_map_passes_gradients_where_they_are_recorded_also_after_it_was_settled(bf16: bool) -> None:
+    layer, x = Linear(96, 80), torch.randn(64, 96, requires_grad=True)
+    with torch.no_grad(), prepared_once(long=True), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = layer.fixed()
+        found(x)
+        with torch.enable_grad():
+            given = torch.autograd.grad(found(x).float().square().sum(), (x, *layer.parameters()))
+    expected = torch.autograd.grad(F.linear(x, layer.weight, layer.bias).square().sum(), (x, *layer.parameters()))
+    for a, b in zip(given, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=(0.02 if bf16 else 1e-5) * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["noise", "behaviour", "energy"])
+def test_networks_settle_each_layer_once_for_a_chain(name: str, settled: list[torch.Size]) -> None:
+    obs, x, at = torch.randn(7, 5), torch.randn(7, 3), [torch.tensor([t]) for t in (0.25, 0.5, 0.75)]
+    times = [float(t) for t in at]
+    networks: dict[str, tuple[int, Callable[[], Callable[[Tensor, Tensor], Tensor]]]] = {
+        "noise": (3, lambda: NoiseNet(5, 3, hidden=32, layers=3).given(obs, times)),
+        "behaviour": (13, lambda: BehaviourNet(5, 3, width=32).given(obs, times)),
+        "energy": (6, lambda: EnergyNet(5, 3, hidden=32, layers=3).gradient(obs, times)),
+    }
+    layers, make = networks[name]
+    with torch.inference_mode():
+        chain = make()
+        before = len(settled)
+        for t in at:
+            chain(x, t)
+    assert len(settled) - before == layers
