@@ -71,8 +71,8 @@ class Mixture:
         mean = (w * m).sum(-1, keepdim=True)
         return (w * (v + (m - mean) ** 2)).sum(-1, keepdim=True)
 
-    def energy(self, x: Tensor, t: Tensor | float, beta: float, c: float, h: float = 0.0) -> Tensor:
-        """The exact energy ``(...)`` for ``Q = c a + h a^2 / 2``."""
+    def energy(self, x: Tensor, t: Tensor | float, beta: Tensor | float, c: float, h: Tensor | float = 0.0) -> Tensor:
+        """The exact energy ``(...)`` for ``Q = c a + h a^2 / 2``; beta and h numbers, or ``(..., 1)``."""
         w, m, v = self.components(x, t)
         rest = 1 - beta * h * v
         of_each = beta * (c * m + 0.5 * h * m**2) + 0.5 * (beta * (c + h * m)) ** 2 * v / rest - 0.5 * rest.log()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from closed_forms import F64, GAUSSIAN, SDE, TWO_MODES, Mixture, column
+from closed_forms import F64, GAUSSIAN, SDE, TWO_MODES, Mixture, column, printed
 from torch import Tensor
 
 from lit_diffrl.diffusion.dpm_vp import plan, sample_dpm_vp, times
 from lit_diffrl.diffusion.energy_guidance import Gradient, gradient_of, guide
 from lit_diffrl.errors import ConfigError
+from lit_diffrl.methods.energy import analytic_energy
 
 C = 1.5  # slope of Q
 
@@ -79,55 +81,75 @@ def test_exact_guidance_samples_the_tilted_gaussian(options: dict[str, Any], bet
     assert std == pytest.approx(0.5, abs=0.005)
 
 
-# h, beta, then mean and spread with: the exact energy, AEPO expanded at mu, DPS, AEPO expanded at the data's mean, and
-# the value's gradient at the noisy action
-QUADRATIC = [
-    (-1, 1, (0.35894, 0.44723), (0.35412, 0.44821), (0.38298, 0.44127), (0.39868, 0.50002), (0.73465, 0.00329)),
-    (-1, 3, (0.54151, 0.37798), (0.45889, 0.39555), (0.66847, 0.34366), (0.79737, 0.50002), (0.79809, 0.00000)),
-    (-4, 1, (0.22448, 0.35357), (0.21398, 0.38942), (0.23574, 0.30328), (0.24918, 0.50002), (0.26273, 0.00000)),
-    (-4, 3, (0.23711, 0.25002), (-0.05008, 1.05856), (0.26120, 0.11158), (0.34885, 0.50002), (0.25457, 0.00000)),
-    (1, 1, (0.59772, 0.57737), (0.58280, 0.57551), (0.52443, 0.56659), (0.49835, 0.50002), None),
-    (1, 3, (3.77501, 1.00000), (2.12506, 0.83735), (1.35741, 0.72751), (1.09638, 0.50002), None),
-]
+# h, beta; mean / spread of the true law, then of what is sampled with: the exact energy, AEPO expanded at mu, DPS, AEPO
+# expanded at the data's mean, and the value's gradient at the noisy action, which of a convex value diverges
+QUADRATIC = """
+-1 1  0.36000/0.44721  0.35894/0.44723   0.35412/0.44821  0.38298/0.44127  0.39868/0.50002  0.73465/0.00329
+-1 3  0.54286/0.37796  0.54151/0.37798   0.45889/0.39555  0.66847/0.34366  0.79737/0.50002  0.79809/0.00000
+-4 1  0.22500/0.35355  0.22448/0.35357   0.21398/0.38942  0.23574/0.30328  0.24918/0.50002  0.26273/0.00000
+-4 3  0.23750/0.25000  0.23711/0.25002  -0.05008/1.05856  0.26120/0.11158  0.34885/0.50002  0.25457/0.00000
+ 1 1  0.60000/0.57735  0.59772/0.57737   0.58280/0.57551  0.52443/0.56659  0.49835/0.50002  diverges
+ 1 3  3.80000/1.00000  3.77501/1.00000   2.12506/0.83735  1.35741/0.72751  1.09638/0.50002  diverges
+"""
 
 
-@pytest.mark.parametrize("row", QUADRATIC, ids=lambda row: f"h={row[0]},beta={row[1]}")
-def test_inexact_energies_of_a_quadratic_value_miss_by_what_is_tabulated(row: tuple[Any, ...]) -> None:
-    h, beta, exact, aepo, dps, fixed, noisy = row
+COLUMNS = ("exact", "aepo", "dps", "fixed", "noisy")
+FINE: dict[str, Any] = {"steps": 2000, "t_end": 1e-4, **MULTI, **LOGSNR}
 
-    def gradient(energy: str) -> Gradient:
-        def at(x: Tensor, t: Tensor) -> Tensor:
-            alpha, sigma = SDE.alpha(t), SDE.sigma(t)
-            total = alpha**2 * 0.25 + sigma**2
-            gain, var = alpha * 0.25 / total, 0.25 * sigma**2 / total
-            if energy == "noisy":
-                return beta * (1 + h * x)
-            g = 1 + h * GAUSSIAN.mean(x, t)
-            factor = {"exact": 1 / (1 - beta * h * var), "aepo": 1 + beta * h * var, "dps": 1.0}.get(energy)
-            return beta * gain * ((1 + 0.2 * h) * torch.ones_like(x) if factor is None else g * factor)
 
-        return at
+@pytest.mark.parametrize("column_of", COLUMNS)
+def test_inexact_energies_of_a_quadratic_value_miss_by_what_is_tabulated(column_of: str) -> None:
+    rows = [line.split() for line in QUADRATIC.strip().splitlines()]
+    h, beta = (column(*(float(row[i]) for row in rows for _ in range(2))) for i in (0, 1))
 
-    options = {"steps": 400, "method": "multistep", "grid": "logsnr", "t_end": 1e-4}
-    for energy, known in {"exact": exact, "aepo": aepo, "dps": dps, "fixed": fixed}.items():
-        assert law(gradient(energy), **options) == pytest.approx(known, abs=6e-5), energy
-    if noisy is None:
-        assert law(gradient("noisy"), **options)[1] > 50  # of a convex value it diverges
-    else:
-        fine = {"steps": 2000, "order": 1, "t_end": 1e-4}
-        assert law(gradient("noisy"), **fine) == pytest.approx(noisy, rel=0.02, abs=2e-3)
+    def energy(x: Tensor, t: Tensor) -> Tensor:  # of Q = a + h a^2 / 2
+        mu, var = GAUSSIAN.mean(x, t), GAUSSIAN.variance(x, t)[:, 0]
+        if column_of in ("aepo", "fixed"):
+            a_bar = mu if column_of == "aepo" else torch.full_like(mu, 0.2)
+            q = (a_bar + 0.5 * h * a_bar**2)[:, 0]
+            return analytic_energy(q, 1 + h * a_bar, mu, a_bar, var, beta[:, 0])
+        if column_of == "exact":
+            return GAUSSIAN.energy(x, t, beta, 1.0, h)
+        a = {"dps": mu, "noisy": x}[column_of]
+        return (beta * (a + 0.5 * h * a**2))[:, 0]
+
+    starts = column(*[0.0, 1.0] * len(rows))
+    ends = sample_dpm_vp(guide(GAUSSIAN.eps, gradient_of(energy), SDE), starts, SDE, **FINE).view(-1, 2)
+    for row, (low, high) in zip(rows, ends.tolist(), strict=True):
+        precision = 4 - float(row[1]) * float(row[0])
+        assert ((0.8 + float(row[1])) / precision, precision**-0.5) == tuple(map(printed, row[2].split("/")))
+        known = row[3 + COLUMNS.index(column_of)]
+        spread = abs(high - low)
+        assert spread > 50 if known == "diverges" else (low, spread) == tuple(map(printed, known.split("/"))), row
+
+
+def test_without_guidance_the_fine_solver_samples_the_data() -> None:
+    assert law(omega=0.0, **FINE) == (printed("0.19934"), printed("0.50002"))
 
 
 @pytest.mark.parametrize(
-    ("beta", "weight", "mean", "aepo", "varying"),
+    ("options", "mean", "std"), [({"t_end": 1e-3}, "0.574968", "0.500082"), ({"t_end": 1e-12}, "0.575000", "0.500000")]
+)
+def test_the_last_time_leaves_little_of_the_noise(options: dict[str, float], mean: str, std: str) -> None:
+    alpha, sigma = SDE.alpha(options["t_end"]), SDE.sigma(options["t_end"])
+    assert (alpha * 0.575, math.hypot(0.5 * alpha, sigma)) == (printed(mean), printed(std))
+
+
+@pytest.mark.parametrize(
+    ("beta", "weight", "mean", "sampled", "aepo", "varying"),
     [
-        (0.5, 0.564993, -0.153880, (-0.1220, 0.5308), (-0.1640, 0.5736)),
-        (1, 0.800225, -0.453256, (-0.3936, 0.7118), (-0.5227, 0.8399)),
-        (2, 0.975701, -0.731570, (-0.7920, 0.9013), (-0.8549, 0.9944)),
+        (0.5, 0.564993, -0.153880, (-0.1507, 0.5624), (-0.1220, 0.5308), (-0.1640, 0.5736)),
+        (1, 0.800225, -0.453256, (-0.4521, 0.7995), (-0.3936, 0.7118), (-0.5227, 0.8399)),
+        (2, 0.975701, -0.731570, (-0.7318, 0.9766), (-0.7920, 0.9013), (-0.8549, 0.9944)),
     ],
 )
 def test_of_two_modes_exact_guidance_finds_the_weights_and_aepo_does_not(
-    beta: float, weight: float, mean: float, aepo: tuple[float, float], varying: tuple[float, float]
+    beta: float,
+    weight: float,
+    mean: float,
+    sampled: tuple[float, float],
+    aepo: tuple[float, float],
+    varying: tuple[float, float],
 ) -> None:
     c = -2.0
     generator = torch.Generator().manual_seed(0)
@@ -136,22 +158,22 @@ def test_of_two_modes_exact_guidance_finds_the_weights_and_aepo_does_not(
     noise = torch.special.ndtri(share)[:, None]
     options: dict[str, Any] = {"steps": 100, **MULTI, **LOGSNR}
 
-    exact = gradient_of(lambda x, t: TWO_MODES.energy(x, t, beta, c))
-    x = sample_dpm_vp(guide(TWO_MODES.eps, exact, SDE), noise, SDE, **options)
-    assert (x < 0).double().mean().item() == pytest.approx(weight, abs=0.01)
-    assert x.mean().item() == pytest.approx(mean, abs=0.02)
+    # AEPO's, whose variance knows only t, and that adds nothing to the gradient then: it is MSE's and DPS's, too; and
+    # with the variance of each noisy action, which overshoots: the posterior is no Gaussian
+    def closed_form(mu: Tensor, var: Tensor) -> Tensor:
+        return analytic_energy(c * mu[:, 0], torch.full_like(mu, c), mu, mu, var, beta)
 
-    # AEPO's gradient, and MSE's and DPS's: beta c alpha / sigma^2 Var[a_0 | a_t], as its variance knows only t
-    def analytic(x: Tensor, t: Tensor) -> Tensor:
-        return beta * c * SDE.alpha(t) / SDE.sigma(t) ** 2 * TWO_MODES.variance(x, t)
-
-    # ... and with the variance of each noisy action, which overshoots: the posterior is no Gaussian
-    def energy(x: Tensor, t: Tensor) -> Tensor:
-        return (beta * c * TWO_MODES.mean(x, t) + 0.5 * (beta * c) ** 2 * TWO_MODES.variance(x, t))[:, 0]
-
-    for gradient, known in ((analytic, aepo), (gradient_of(energy), varying)):
-        x = sample_dpm_vp(guide(TWO_MODES.eps, gradient, SDE), noise, SDE, **options)
-        assert (x.mean().item(), (x < 0).double().mean().item()) == pytest.approx(known, abs=0.012)
+    energies: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "exact": lambda x, t: TWO_MODES.energy(x, t, beta, c),
+        "aepo": lambda x, t: closed_form(TWO_MODES.mean(x, t), torch.full((len(x),), 0.1, dtype=F64)),
+        "varying": lambda x, t: closed_form(TWO_MODES.mean(x, t), TWO_MODES.variance(x, t)[:, 0]),
+    }
+    for name, known in {"exact": sampled, "aepo": aepo, "varying": varying}.items():
+        x = sample_dpm_vp(guide(TWO_MODES.eps, gradient_of(energies[name]), SDE), noise, SDE, **options)
+        found = x.mean().item(), (x < 0).double().mean().item()
+        assert found == pytest.approx(known, abs=0.012), name
+        if name == "exact":
+            assert found == (pytest.approx(mean, abs=0.01), pytest.approx(weight, abs=0.01))
 
 
 @pytest.mark.parametrize("options", [{}, {"steps": 16}, MULTI | LOGSNR, {"final_denoise": True}, NOISE], ids=str)
