@@ -129,44 +129,48 @@ SPREAD = [
 ]
 
 
+def estimates(t: float, samples: int, repeats: int, **options: Any) -> Tensor:
+    """The variance at one time ``(repeats,)``, from that many samples each with the exact noise."""
+    generator = torch.Generator().manual_seed(0)
+    a_0, eps = torch.randn(2, repeats * samples, 1, generator=generator, dtype=F64)
+    a_0 = 0.2 + 0.5 * a_0
+    a_t = SDE.q_sample(a_0, time(t), eps)
+    table = PosteriorTable(1, SDE, grid=repeats, mean_estimator="eps", **KEEP, **options).double()
+    table.time.fill_(t)
+    table.action_mean.fill_(0.2)
+    table.v_bar.fill_(0.25)
+    columns = table._columns(a_t, time(t), GAUSSIAN.eps(a_t, time(t)), eps, a_0)
+    table._derive(columns.view(repeats, samples, -1).mean(1))
+    if options.get("posterior") == 2:  # the table knows the dataset's variance; the samples' scatters with its own
+        return table.variance_at - 0.25 + (a_0 - 0.2).square().view(repeats, samples).mean(1)
+    return table.variance_at
+
+
 @pytest.mark.parametrize("row", SPREAD, ids=lambda row: f"t={row[0]}")
 def test_estimates_scatter_as_tabulated(row: tuple[float, ...]) -> None:
     """To a fifth: the table's own spreads are of a few hundred estimates, and so are these."""
-    t, repeats = row[0], 300
-    generator = torch.Generator().manual_seed(0)
-    a_0, eps = torch.randn(2, repeats * 4096, 1, generator=generator, dtype=F64)
-    a_0 = 0.2 + 0.5 * a_0
-    a_t = SDE.q_sample(a_0, time(t), eps)
     kinds = [{"estimator": "raw"}, {"estimator": "paired"}, {"posterior": 2}, {"estimator": "nll"}]
-    for options, spread in zip(kinds, row[1:]):
-        table = PosteriorTable(1, SDE, grid=repeats, mean_estimator="eps", **KEEP, **options).double()
-        table.time.fill_(t)
-        table.action_mean.fill_(0.2)
-        table.v_bar.fill_(0.25)
-        columns = table._columns(a_t, time(t), GAUSSIAN.eps(a_t, time(t)), eps, a_0)
-        table._derive(columns.view(repeats, 4096, -1).mean(1))
-        found = table.variance_at
-        if options.get("posterior") == 2:  # the table knows the dataset's variance; the samples' scatters with its own
-            squares = (a_0 - 0.2).square().view(repeats, 4096).mean(1)
-            found = found - 0.25 + squares
-        assert found.std().item() == pytest.approx(spread, rel=0.2), options
+    for options, spread in zip(kinds, row[1:], strict=True):
+        assert estimates(row[0], 4096, 300, **options).std().item() == pytest.approx(spread, rel=0.2), options
 
 
 @pytest.mark.parametrize(
-    ("samples", "known"),
+    ("samples", "repeats", "known"),
     [
-        (256, {0.3: "0.11", 0.5: "0.97", 1.0: "1822"}),
-        (4096, {0.1: "0.0008", 0.3: "0.0285", 0.5: "0.238", 0.8: "15.3", 1.0: "521"}),
-        (100_000, {0.3: "0.006", 0.5: "0.054", 1.0: "110"}),
+        (256, 2000, {0.3: "0.11", 0.5: "0.97", 1.0: "1822"}),
+        (4096, 300, {0.1: "0.0008", 0.3: "0.0285", 0.5: "0.238", 0.8: "15.3", 1.0: "521"}),
+        (100_000, 30, {0.3: "0.006", 0.5: "0.054", 1.0: "110"}),
     ],
 )
-def test_the_spread_of_the_papers_estimate_is_known(samples: int, known: dict[float, str]) -> None:
+def test_the_spread_of_the_papers_estimate_is_known(samples: int, repeats: int, known: dict[float, str]) -> None:
     """The predicted noise is normal, so its mean square scatters with ``E eps^2 sqrt(2 / N)``; the table sampled it."""
     for t, spread in known.items():
         noise_to_signal = SDE.noise_to_signal(t)
         exact = noise_to_signal * (1 - 0.25 / (0.25 + noise_to_signal)) * math.sqrt(2 / samples)
         unit = 10.0 ** -len(spread.partition(".")[2])
         assert exact == pytest.approx(float(spread), rel=0.13, abs=0.5 * unit if unit < 1 else 0), t
+        found = estimates(t, samples, repeats, estimator="raw").std().item()
+        assert found == pytest.approx(exact, rel=3 / math.sqrt(2 * repeats)), t
 
 
 # ---------------------------------------------------------------- fitting by simulation
