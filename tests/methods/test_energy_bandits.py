@@ -4,7 +4,7 @@ The behaviours are the specification's at half the size, N(0.1, 1/16) for N(0.2,
 Q is as much steeper, and tolerances are half of those printed: 0.04 of the mean and 0.05 of the deviation. Guidance
 knows no size of its own: the exact law, and the one that AEPO's energy leads to instead, are half as large, too.
 What is expected is solved for by the same steps with the exact noise, so that the solver's part is in it. Each training
-takes half a minute, so they are slow; test_aepo.py and test_qgpo.py have shorter ones.
+takes a quarter of a minute to half of one, so all but the first are slow.
 """
 
 from __future__ import annotations
@@ -147,7 +147,6 @@ SAMPLED: Options = (("posterior", (("mean", "sample"),)), ("energy", (("lr", 5e-
 LITERAL: Options = (("posterior", (("mean", "eps"),)),)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AEPO, QGPO])
 def test_guided_samples_are_of_the_guided_law_and_energies_ranked_as_the_exact_ones(kind: type[Any]) -> None:
     """QGPO's are ranked at one time each, since they are free up to a function of the time."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from energy_learners import LEARNERS, SMALL, act, built, fit, linear_bandit, small
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from short_runs import ROOT, Config
 from small_learners import same, transitions, weights
 
@@ -278,6 +278,30 @@ def test_actions_are_in_the_box_each_of_its_episode_and_drawn_without_traces(rea
     assert float(pair.abs().max()) <= 1
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(p.grad is None for p in method.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(QGPO, {}), (AEPO, {}), (AEPO, {"guidance": "closed_form"})],
+    ids=["qgpo", "aepo", "closed form"],
+)
+def test_it_acts_in_the_inference_mode_that_lightning_tests_in_by_default(
+    kind: type[Any], options: dict[str, Any]
+) -> None:
+    data, seen = linear_bandit(), list[torch.Tensor]()
+    method = fit(small(kind, **options), 100, data)
+
+    class Acting(Callback):
+        def on_test_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+            assert torch.is_inference_mode_enabled()
+            seen.append(act(pl_module, 5))
+
+    Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[Acting()]
+    ).test(method, datamodule=data)
+    assert torch.equal(seen[0], act(method, 5))
+    method.acting = (0.0, False)
+    assert not torch.equal(seen[0], act(method, 5))
 
 
 def test_there_is_no_guidance_above_the_time_it_shall_begin_at(ready: Ready) -> None:
