@@ -38,6 +38,10 @@ VARIANTS = {
         "aepo",
         "--model.schedule joint --model.behaviour_epochs 0 --model.critic_epochs 0 --model.target.scale 1",
     ),
+    "AEPO by support actions": (
+        "aepo",
+        "--model.q_training isql --model.target.form support --model.support.actions 2",
+    ),
     "CQL with a multiplier": ("cql", "--model.target_gap 0.8 --model.critic.backup_candidates 2"),
     "EDP-CRR, weights of the batch": (
         "edp_crr",
