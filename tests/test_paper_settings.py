@@ -294,6 +294,7 @@ def test_energy_guidance_has_qgpos_code_and_aepos_table_4(learner: str, domain: 
     if learner == "qgpo":
         support = (32, 3) if domain == "antmaze" else (16, 1)
         assert (method.support_options.actions, method.support_options.beta_q) == support
+        assert not method.support_options.shared
         assert (method.objective, method.self_normalise, method.rescalings) == ("cep", True, [False])
         return
     posterior, target = method.posterior_options, method.target_options

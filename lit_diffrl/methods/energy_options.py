@@ -144,10 +144,13 @@ class SupportOptions:
     Args:
         actions: Actions in each state: 16, or 32 on AntMaze.
         beta_q: Inverse temperature of the softmax over their values in the critics' target; 0 for their mean.
+        shared: The state after a transition has the actions of the transition that follows it in the data, whose state
+            it is; false draws others for it, as QGPO's code, which takes twice the time and memory.
     """
 
     actions: int = 16
     beta_q: float = 1.0
+    shared: bool = True
 
     def __post_init__(self) -> None:
         check_range("support.actions", self.actions, 2)

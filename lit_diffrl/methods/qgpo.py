@@ -38,8 +38,9 @@ class QGPO(EnergyLearner):
     ``guidance_scale`` partly makes up for; ``self_normalise: false`` is unbiased and noisier.
 
     Departures from the code: the next state of a transition shares its support actions with the transition that
-    follows, whose state it is; labels of the last phase are computed once, since nothing in them changes; the loss of
-    both critics is a sum, not a mean, which Adam does not notice.
+    follows, whose state it is (``support.shared: false`` draws others). Without an effect, and so without an argument:
+    labels of the last phase are computed once, since nothing in them changes; the loss of both critics is a sum, not a
+    mean, which Adam does not notice.
 
     Logged: ``loss/behaviour`` (falls quickly to a plateau below the number of action entries), ``loss/critic``,
     ``loss/energy`` (between the labels' entropy and log K; it ends little below log K, since at most times a noised

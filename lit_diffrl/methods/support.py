@@ -2,8 +2,8 @@
 
 Sources: QGPO (Lu et al. 2023, section 4.2) and SfBC (Chen et al. 2023).
 
-The state after a transition is nearly always the state of the next one, and shares its actions then; a terminal state
-has no value and needs none. That halves the draws.
+The state after a transition is nearly always the state of the next one, and may share its actions then, which halves
+the draws; a terminal state has no value and needs none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PURPOSE = 0x5C0EE  # keeps this noise apart from that of updates
 
 
 class States(NamedTuple):
-    """The states of a dataset, each once.
+    """The states of a dataset, each once if it is shared.
 
     Args:
         obs: ``(M, S)``; the first N are those of the transitions.
@@ -37,13 +37,19 @@ class States(NamedTuple):
     after: Tensor
 
 
-def states_of(transitions: PolicyBatch) -> States:
-    """Collect the states of transitions in their order in the data."""
+def states_of(transitions: PolicyBatch, shared: bool = True) -> States:
+    """Collect the states of transitions in their order in the data.
+
+    Args:
+        transitions: All of the data.
+        shared: Let the state after a transition be that of the next one where they are the same.
+    """
     obs, next_obs = transitions.obs, transitions.next_obs
     count = len(obs)
     after = torch.arange(count, device=obs.device)
     follows = torch.zeros(count, dtype=torch.bool, device=obs.device)
-    follows[:-1] = (next_obs[:-1] == obs[1:]).all(dim=1)
+    if shared:
+        follows[:-1] = (next_obs[:-1] == obs[1:]).all(dim=1)
     after[follows] += 1
     alone = ~follows & (transitions.done == 0)
     after[alone] = count + torch.arange(int(alone.sum()), device=obs.device)

@@ -45,7 +45,8 @@ class SupportLearner(OfflineLearner):
             return
         assert self.spec is not None
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        found = states_of(data.transitions(torch.arange(len(data.table), device=data.table.device)))
+        transitions = data.transitions(torch.arange(len(data.table), device=data.table.device))
+        found = states_of(transitions, self.support_options.shared)
         self.states = States(self.to_own(found.obs), found.after.to(self.device))
         obs, shape = self.states.obs, (self.support_options.actions, self.spec.action_dim)
 

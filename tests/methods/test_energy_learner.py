@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from energy_learners import LEARNERS, SMALL, act, built, fit, linear_bandit, small
+from energy_learners import LEARNERS, SMALL, act, built, chain, fit, linear_bandit, small
 from lightning.pytorch import Callback, Trainer
 from short_runs import ROOT, Config
 from small_learners import same, transitions, weights
@@ -129,6 +129,17 @@ def test_next_states_share_the_actions_of_the_transition_that_follows() -> None:
     after = states.obs[states.after].flatten().tolist()
     assert after[:4] == [1, 2, 3, 11], "each next state is found, also that at which an episode was cut"
     assert after[4] == 11, "what terminates has no next state"
+
+
+def test_next_states_have_actions_of_their_own_if_so_asked() -> None:
+    states = states_of(walk(), shared=False)
+    assert states.obs.flatten().tolist() == [0, 1, 2, 10, 11, 1, 2, 3, 11]
+    assert states.after.tolist() == [5, 6, 7, 8, 4]
+    sizes = {}
+    for shared in (True, False):
+        method = fit(small(QGPO, support={"shared": shared}), 1, chain())
+        sizes[shared] = method.support.shape[0]
+    assert sizes == {True: 6, False: 11}, "six states, among which the next ones are, or five more"
 
 
 @pytest.mark.parametrize("processes", [2, 3, 50])
