@@ -78,7 +78,7 @@ def fixed(weight: Tensor, bias: Tensor | None = None, view: Map | None = None) -
     are of one type and about one number of rows. Where gradients are recorded it is :func:`linear` at every call.
 
     Args:
-        weight: ``(out, in)``; with ``view`` what that makes of it is.
+        weight: ``(out, in)``, after ``view`` if there is one.
         bias: ``(out,)`` or None.
         view: Takes columns of the weight or transposes it, after it was rounded, so that this happens once.
     """
