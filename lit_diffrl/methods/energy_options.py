@@ -144,8 +144,8 @@ class SupportOptions:
     Args:
         actions: Actions in each state: 16, or 32 on AntMaze.
         beta_q: Inverse temperature of the softmax over their values in the critics' target; 0 for their mean.
-        shared: The state after a transition has the actions of the transition that follows it in the data, whose state
-            it is; false draws others for it, as QGPO's code, which takes twice the time and memory.
+        shared: Where the state after a transition is that of the next one, it has the same actions. False draws others
+            for it, as QGPO's code does, in twice the time and memory.
     """
 
     actions: int = 16

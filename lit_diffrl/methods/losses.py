@@ -65,8 +65,7 @@ def max_backup(q: Tensor, top_k: int = 1) -> Tensor:
 
 def expectile_loss(u: Tensor, expectile: float) -> Tensor:
     """IQL's ``mean |tau - 1[u < 0]| u^2``: its minimum over V of ``u = Q - V`` is the expectile of Q."""
-    below, above = u.new_full((), 1 - expectile), u.new_full((), expectile)  # plain numbers would be rounded to float32
-    return (torch.where(u < 0, below, above) * u.square()).mean()
+    return ((expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
 
 
 def exponential_weights(advantage: Tensor, inverse_temperature: float, bound: float) -> Tensor:

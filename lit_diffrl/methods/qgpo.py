@@ -85,8 +85,9 @@ class QGPO(EnergyLearner):
             self.draw_support()
         if phase == "energy" and self.labels is None:
             assert self.states is not None and self.support is not None
-            obs, support = self.states.obs, self.support
-            self.labels = self.for_all_states(
+            obs, support = self.states.obs[: len(self.states.after)], self.support  # of the transitions
+            self.labels = self.for_all(
+                obs,
                 support.shape[1:2],
                 lambda number, rows: self.least_q(obs[rows], support[rows], target=True),
                 "judging support actions",

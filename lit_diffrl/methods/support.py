@@ -26,7 +26,7 @@ PURPOSE = 0x5C0EE  # keeps this noise apart from that of updates
 
 
 class States(NamedTuple):
-    """The states of a dataset, each once if it is shared.
+    """The states of the transitions, then those next states that have actions of their own.
 
     Args:
         obs: ``(M, S)``; the first N are those of the transitions.

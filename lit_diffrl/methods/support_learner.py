@@ -19,7 +19,7 @@ class SupportLearner(OfflineLearner):
     """A learner whose behaviour model can draw support actions.
 
     Attributes:
-        states: The states of the data, each once, or None before actions are drawn.
+        states: The states that actions are drawn in, or None before.
         support: ``(states, K, A)`` the actions.
     """
 
@@ -54,17 +54,18 @@ class SupportLearner(OfflineLearner):
             noise = self.to_own(chunk_noise(number, rows, shape))
             return self.draw_actions(obs[rows], noise, self.sampler, (0.0, False))
 
-        self.support = self.for_all_states(shape, draw, f"drawing {shape[0]} support actions")
+        self.support = self.for_all(obs, shape, draw, f"drawing {shape[0]} support actions")
 
-    def for_all_states(self, shape: tuple[int, ...], compute: Callable[[int, slice], Tensor], what: str) -> Tensor:
+    def for_all(
+        self, obs: Tensor, shape: tuple[int, ...], compute: Callable[[int, slice], Tensor], what: str
+    ) -> Tensor:
         """Compute ``(states, *shape)``, each process a part of it, in the precision of the updates.
 
         Arguments as :func:`in_chunks`.
         """
-        assert self.states is not None
         share = Place(0, 0, self.global_rank, self.trainer.world_size)
         with constant_weights(self.trainer):
-            part = in_chunks(self.states.obs, shape, share, compute, what)
+            part = in_chunks(obs, shape, share, compute, what)
         whole: Tensor = self.trainer.strategy.reduce(part, reduce_op="sum")  # type: ignore[assignment]
         return whole
 

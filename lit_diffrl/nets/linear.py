@@ -75,12 +75,12 @@ def fixed(weight: Tensor, bias: Tensor | None = None, view: Map | None = None) -
 
     How to compute it is settled, and the weight looked up, at the first call, and anew where autocast is switched on or
     off: at every call it would take a third to a half of the time that the product of 50 rows takes in bfloat16. Inputs
-    are of one type and about one number of rows. Where gradients are recorded it is :func:`linear` at every call.
+    are of one type and about the same number of rows. Where gradients are recorded it is :func:`linear` at every call.
 
     Args:
         weight: ``(out, in)``, after ``view`` if there is one.
         bias: ``(out,)`` or None.
-        view: Takes columns of the weight or transposes it, after it was rounded, so that this happens once.
+        view: Takes columns of the weight or transposes it. It is given the rounded weight, which is so rounded once.
     """
     settled: Map | None = None
     device, mixed = weight.device.type, False

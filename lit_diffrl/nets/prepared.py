@@ -36,8 +36,8 @@ def prepared_once(*, long: bool = False) -> Iterator[None]:
     takes as long as the products of 50 rows. Where gradients are recorded nothing happens. Regions may lie within each
     other, and it serves as a decorator, too.
 
-    Weights must stay as they are within. Changes that torch counts are noticed, but not by what
-    :func:`~lit_diffrl.nets.linear.fixed` has settled; those by a fused optimizer or through ``.data`` are not.
+    Weights must stay as they are within. Changes that torch counts are noticed; those by a fused optimizer or through
+    ``.data`` are not. What :func:`~lit_diffrl.nets.linear.fixed` has settled notices none.
 
     Args:
         long: Hundreds of calls will follow, which is when laying weights out for oneDNN pays, too: for those of one

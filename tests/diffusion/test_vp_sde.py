@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from closed_forms import F64, GAUSSIAN, SDE, gauss, time
+from closed_forms import F64, GAUSSIAN, SDE, gauss, printed, time
 
 from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE
 from lit_diffrl.errors import ConfigError
@@ -33,6 +33,12 @@ def test_values_are_the_printed_ones(row: tuple[float, ...]) -> None:
     assert SDE.noise_to_signal(t) == pytest.approx(ratio, rel=5e-7)
     assert SDE.lambda_(t) == pytest.approx(lam, abs=6e-7)
     assert SDE.alpha(t) ** 2 + SDE.sigma(t) ** 2 == pytest.approx(1, abs=1e-15)
+
+
+def test_what_the_first_time_leaves_of_a_guided_gaussian_is_the_printed_law() -> None:
+    """Section 9.6: of N(0.2, 0.25), tilted by Q = 1.5 a to a mean of 0.2 + 1.5 * 0.25."""
+    alpha, sigma = SDE.alpha(T_MIN), SDE.sigma(T_MIN)
+    assert (alpha * 0.575, math.hypot(0.5 * alpha, sigma)) == (printed("0.574968"), printed("0.500082"))
 
 
 def test_lambda_and_its_inverse_cancel() -> None:

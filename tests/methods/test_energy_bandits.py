@@ -4,7 +4,7 @@ The behaviours are the specification's at half the size, N(0.1, 1/16) for N(0.2,
 Q is as much steeper, and tolerances are half of those printed: 0.04 of the mean and 0.05 of the deviation. Guidance
 knows no size of its own: the exact law, and the one that AEPO's energy leads to instead, are half as large, too.
 What is expected is solved for by the same steps with the exact noise, so that the solver's part is in it. Each training
-takes a quarter of a minute to half of one, so all but the first are slow.
+takes a quarter of a minute to half of one, so those after the first are marked slow.
 """
 
 from __future__ import annotations
