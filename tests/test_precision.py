@@ -87,9 +87,9 @@ class Watch(TorchFunctionMode):
             patch.setattr(NoiseNet, name, self._inside(getattr(NoiseNet, name)))
 
     def _inside(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def inside(*args: Any) -> Tensor:
+        def inside(*args: Any, **kwargs: Any) -> Tensor:
             self.depth += 1
-            out = function(*args)
+            out = function(*args, **kwargs)
             self.depth -= 1
             self.networks.add(out.dtype)
             return out
