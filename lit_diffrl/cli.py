@@ -41,6 +41,7 @@ from lit_diffrl.precision import check_precision
 from lit_diffrl.processes import end_others, first_process, say
 from lit_diffrl.rollout.callback import RolloutEvaluation
 from lit_diffrl.rollout.checkpoints import BestCheckpoint, LastCheckpoint
+from lit_diffrl.rollout.energy_check import EnergyCheck
 from lit_diffrl.rollout.model_check import ModelCheck
 from lit_diffrl.rollout.selection import OfflineCheckpoint
 from lit_diffrl.run_callbacks import ConfiguredOptimizers, NoProfiler, RunProgressBar, SaveRunConfig
@@ -119,6 +120,7 @@ class DiffRLCLI(LightningCLI):
         """Add the evaluation and the run folder's name."""
         parser.add_lightning_class_args(RolloutEvaluation, "rollout")
         parser.add_lightning_class_args(ModelCheck, "model_check")
+        parser.add_lightning_class_args(EnergyCheck, "energy_check")
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run; default: the time of day.")
         parser.add_argument("--logs", type=str, default="tb_logs", help="Folder of all runs.")
 

@@ -90,7 +90,6 @@ class TrajectoryData(TransitionData):
         """Take in episodes: transitions as :class:`TransitionData`, and windows of all rows of the same episodes."""
         super().load(episodes, info)
         best = best_episodes(episode_returns(episodes), self.hparams["top_fraction"])[episodes.episode]
-        self.initial = torch.isin(self.steps, episodes.starts).nonzero().flatten()
         count = min(HELD_OUT, max(1, int(len(self.table) * self.hparams["holdout"])))
         self.held_out, self.usable = hold_out(torch.arange(len(self.table)), count)
         if len(self.usable) == 0:
@@ -198,7 +197,7 @@ class TrajectoryData(TransitionData):
         if self.table.device == device:
             return
         super().to(device)
-        names = ["scaled", "final", "episode", "ends", "falls", "still", "usable", "held_out", "initial"]
+        names = ["scaled", "final", "episode", "ends", "falls", "still", "usable", "held_out"]
         for name in names + ["starts"] * (self.horizon is not None):
             setattr(self, name, getattr(self, name).to(device))
         self.bootstraps, self.blocks = {}, Blocks()

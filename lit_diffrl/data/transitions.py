@@ -147,6 +147,7 @@ class TransitionData(OfflineData):
                 f"{self._name()}: no transition is left, since no state's successor is recorded; store "
                 "`next_observations`, or longer episodes"
             )
+        self.initial = torch.isin(self.steps, episodes.starts).nonzero().flatten()  # rows in which episodes begin
         kept = keep_steps(episodes, best[episodes.episode] & recorded)
         in_stretches = self.hparams["reward"] == "return_range_1000"
         reward = tune_rewards(
@@ -239,7 +240,7 @@ class TransitionData(OfflineData):
     def to(self, device: torch.device) -> None:
         """Move the packed table to a device."""
         if self.table.device != device:
-            self.table, self.blocks = self.table.to(device), Blocks()
+            self.table, self.initial, self.blocks = self.table.to(device), self.initial.to(device), Blocks()
 
     def validation_batch(self) -> PolicyBatch:
         """At most 256 transitions, spread evenly over the data."""

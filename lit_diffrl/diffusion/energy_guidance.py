@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_diffrl.diffusion.dpm_ode import EpsModel
-from lit_diffrl.diffusion.vp_sde import VPSDE, over_rows
+from lit_diffrl.diffusion.vp_sde import VPSDE, at_time, over_rows
 from lit_diffrl.errors import ConfigError
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -95,9 +95,7 @@ def guide(
         eps = eps_model(x, t).to(x.dtype)
         if t_max < 1 and t.item() > t_max:
             return eps
-        # a number costs less than a tensor of one, but on a GPU it would have to be waited for
-        sigma = sde.sigma(t.item()) if t.device.type == "cpu" and len(t) == 1 else sde.sigma(t)
-        return guided_eps(eps, gradient(x, t), sigma, scale, rescale)
+        return guided_eps(eps, gradient(x, t), at_time(sde.sigma, t), scale, rescale)
 
     return guided
 

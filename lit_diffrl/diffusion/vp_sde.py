@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -136,6 +137,15 @@ class VPSDE:
 def over_rows(value: Tensor, x: Tensor) -> Tensor:
     """``value (B,)`` or ``(1,)``, in float32 or better, with as many axes as ``x (B, ...)``."""
     return value.to(torch.promote_types(value.dtype, torch.float32)).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def at_time(function: Callable[[Any], Any], t: Tensor) -> Tensor | float:
+    """A function of the time at ``t``; a number for ``t (1,)`` on a CPU, where a tensor of one costs more.
+
+    On a GPU a number would have to be waited for.
+    """
+    value: Tensor | float = function(t.item() if t.device.type == "cpu" and len(t) == 1 else t)
+    return value
 
 
 def _of(name: str, x: Number) -> Number:

@@ -266,7 +266,7 @@ class AEPO(AEPOCritics):
         if self.reporting:
             mean = self.mean_of_all(target)
             self.report({"target/mean": mean, "target/deviation": (target - mean).abs().mean()})
-        f, target = self.energy(a_t, t, batch.obs), target / self.target_scale
+        f, target = self.learnt_energy(a_t, t, batch.obs), target / self.target_scale
         error = F.huber_loss(f, target, reduction="none") if o.loss == "huber" else (f - target).square()
         if o.weight == "alpha2":
             error = error * self.sde.alpha(t).square()
@@ -321,7 +321,7 @@ class AEPO(AEPOCritics):
         return posterior_variance(eps_model, a_t, t, self.sde, signs, v_bar)
 
     def q_of(self, obs: Tensor) -> Value:
-        """Q in states ``(B, S)``, as ``(B, A) -> (B,)`` or ``(B, N, A) -> (B, N)``, with weights as constants."""
+        """As EnergyLearner, by the critics that ``target`` names."""
         o = self.target_options
         critic = self.target_critic.net if o.use_target else self.critic
 

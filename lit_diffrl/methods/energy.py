@@ -234,10 +234,15 @@ def monte_carlo_energy(
     Returns:
         ``(B,)`` and ``(B, A)``.
     """
-    t = over_rows(t, a_t)  # (B, 1)
-    alpha, sigma = sde.alpha(t), sde.sigma(t)
-    distance = (a_t.unsqueeze(1) - alpha.unsqueeze(-1) * actions).square().sum(-1)
-    log_w = (-0.5 * distance / sigma.square()).log_softmax(-1)
+    log_w = support_log_weights(a_t, t, actions, sde)
     tilted = log_w + beta * q
     shift = (tilted.softmax(-1) - log_w.exp()).unsqueeze(-1) * actions
-    return tilted.logsumexp(-1), alpha / sigma.square() * shift.sum(1)
+    t = over_rows(t, a_t)  # (B, 1)
+    return tilted.logsumexp(-1), sde.alpha(t) / sde.sigma(t).square() * shift.sum(1)
+
+
+def support_log_weights(a_t: Tensor, t: Tensor, actions: Tensor, sde: VPSDE) -> Tensor:
+    """Logarithms ``(B, M)`` of each support action's share in what became ``a_t``; arguments as above."""
+    t = over_rows(t, a_t)  # (B, 1)
+    distance = (a_t.unsqueeze(1) - sde.alpha(t).unsqueeze(-1) * actions).square().sum(-1)
+    return (-0.5 * distance / sde.sigma(t).square()).log_softmax(-1)

@@ -23,7 +23,7 @@ from lit_diffrl.data.transitions import PolicyBatch
 from lit_diffrl.diffusion.dpm_ode import EpsModel
 from lit_diffrl.diffusion.dpm_vp import sample_dpm_vp, times
 from lit_diffrl.diffusion.energy_guidance import Gradient, guide
-from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE
+from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE, at_time, over_rows
 from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
 from lit_diffrl.methods.agent import Variant
 from lit_diffrl.methods.agreement import refuse_other_data, refuse_other_shapes
@@ -35,6 +35,8 @@ from lit_diffrl.methods.energy_options import (
     SolverOptions,
     SupportOptions,
 )
+from lit_diffrl.methods.exact_guidance import GuidanceCheck, check_guidance
+from lit_diffrl.methods.expansion import Value
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.methods.policy_options import CriticOptions
 from lit_diffrl.methods.support_learner import SupportLearner
@@ -159,6 +161,8 @@ class EnergyLearner(SupportLearner):
         self.energy = EnergyNet(
             spec.obs_dim, spec.action_dim, hidden=e.hidden, layers=e.layers, activation=e.activation
         )
+        if e.scaled_input:  # a mark, as above
+            self.energy.register_buffer("sees_scaled", torch.ones(()))
         self.register_buffer("energy_updates", torch.zeros((), dtype=torch.int64))
 
     def setup(self, stage: str) -> None:
@@ -240,6 +244,12 @@ class EnergyLearner(SupportLearner):
             self.report({"loss/behaviour": loss}, prog_bar=True)
             self.report({"grad_norm/behaviour": norm})
 
+    def learnt_energy(self, a_t: Tensor, t: Tensor, obs: Tensor) -> Tensor:
+        """What the energy network says of noisy actions, in units of ``guidance_unit``; arguments as its."""
+        seen = over_rows(self.sde.alpha(t), a_t) * a_t if self.energy_options.scaled_input else a_t
+        energy: Tensor = self.energy(seen, t, obs)
+        return energy
+
     def update_energy(self, optimizer: LightningOptimizer, loss: Tensor, batch: PolicyBatch) -> None:
         """One step of the energy."""
         norm = self.descend(optimizer, loss, "energy", batch, self.energy_options.grad_clip)
@@ -258,7 +268,22 @@ class EnergyLearner(SupportLearner):
     def guidance_of(self, obs: Tensor, asked: Sequence[float]) -> Gradient:
         """The gradient of the energy in states ``(B, S)``, at times that will be asked for."""
         gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
-        return gradient if unit == 1 else lambda x, t: unit * gradient(x, t)
+        if not self.energy_options.scaled_input:
+            return gradient if unit == 1 else lambda x, t: unit * gradient(x, t)
+
+        def fading(x: Tensor, t: Tensor) -> Tensor:
+            alpha = at_time(self.sde.alpha, t)
+            return unit * alpha * gradient(alpha * x, t)
+
+        return fading
+
+    def q_of(self, obs: Tensor) -> Value:
+        """Q that the energy is of, in states ``(B, S)``, as ``(B, A) -> (B,)`` or ``(B, N, A) -> (B, N)``."""
+        return partial(self.least_q, obs, target=True)
+
+    def check_guidance(self, obs: Tensor, times: list[float], actions: int) -> list[GuidanceCheck]:
+        """Guidance beside the exact one of the same critics; arguments as :func:`exact_guidance.check_guidance`."""
+        return check_guidance(self, obs, times, actions)
 
     @prepared_once()
     def draw_actions(self, obs: Tensor, noise: Tensor, options: SolverOptions, acting: tuple[float, bool]) -> Tensor:

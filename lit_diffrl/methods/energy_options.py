@@ -117,6 +117,8 @@ class EnergyOptions:
         activation: ``silu`` or ``mish``; with ``relu`` the guidance jumps.
         lr: Learning rate of Adam.
         grad_clip: Largest norm of the gradient; null for no limit.
+        scaled_input: Show the network ``alpha_t a_t`` in place of ``a_t``. Its guidance then fades with ``alpha_t``
+            towards noise, as the exact one does, also where it has learnt nothing of use.
     """
 
     hidden: int = 256
@@ -124,6 +126,7 @@ class EnergyOptions:
     activation: Literal["silu", "mish", "relu"] = "silu"
     lr: float = 3e-4
     grad_clip: float | None = None
+    scaled_input: bool = False
 
     def __post_init__(self) -> None:
         check_range("energy.hidden", self.hidden, 1)

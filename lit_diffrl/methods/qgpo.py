@@ -134,10 +134,10 @@ class QGPO(EnergyLearner):
             t, _, a_t = self.noised(support)
             if q_data is not None:
                 q = (q - q_data[:, None]).clamp_max(MAX_EXPONENT / self.beta)
-            return cep_loss(self.energy(a_t, t, batch.obs), q, self.beta, self_normalise=self.self_normalise)
+            return cep_loss(self.learnt_energy(a_t, t, batch.obs), q, self.beta, self_normalise=self.self_normalise)
         assert q_data is not None
         t, _, a_t = self.noised(batch.action)
-        f = self.energy(a_t, t, batch.obs)
+        f = self.learnt_energy(a_t, t, batch.obs)
         if self.objective == "mse":
             return energy_mse_loss(f, q_data, self.beta)
         return energy_emse_loss(f, q_data - q.amax(dim=1), self.beta)

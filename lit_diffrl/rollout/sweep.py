@@ -69,7 +69,12 @@ def comparison(points: Sequence[Point]) -> str:
     lines = [head]
     for value in dict.fromkeys(p.value for p in points):
         lines.append([f"{value:g}", *(cells.get((curve, value), "") for curve in curves)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Set cells in columns, the first line over a rule."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
     rows = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths)) for line in lines]
     return "\n".join([rows[0], "─" * len(rows[0]), *rows[1:]])
 

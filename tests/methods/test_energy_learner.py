@@ -235,6 +235,34 @@ def test_other_predictions_train_act_and_are_saved(kind: type[Any], predict: str
         load_agent(path, "cpu", behaviour={**SMALL["behaviour"], "predict": "eps"})
 
 
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_guidance_is_the_gradient_of_what_the_energy_network_says_of_scaled_actions(kind: type[Any]) -> None:
+    """By the chain rule it has a factor ``alpha_t``, which fades towards noise whatever the network has learnt."""
+    method = fit(small(kind, energy={"scaled_input": True}))
+    obs = torch.randn(4, 2)
+    for shape in ((4, 1), (4, 3, 1)):
+        x = torch.randn(shape)
+        for time in (0.1, 0.7, 1.0):
+            t = torch.tensor([time])
+            leaf = x.clone().requires_grad_()
+            energy = method.guidance_unit * method.learnt_energy(leaf, t.expand(4), obs)
+            (slope,) = torch.autograd.grad(energy.sum(), leaf)
+            for asked in ([time], []):
+                torch.testing.assert_close(method.guidance_of(obs, asked)(x, t), slope, rtol=1e-4, atol=1e-6)
+            plain = method.guidance_unit * method.energy.gradient(obs)(method.sde.alpha(time) * x, t)
+            torch.testing.assert_close(slope, method.sde.alpha(time) * plain, rtol=1e-4, atol=1e-6)
+            assert slope.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_an_energy_of_scaled_actions_is_not_taken_for_one_of_plain_actions(kind: type[Any], tmp_path: Path) -> None:
+    method = fit(small(kind, energy={"scaled_input": True}))
+    path = saved(method, tmp_path / "run.ckpt")
+    torch.testing.assert_close(act(load_agent(path, "cpu"), 5), act(method, 5))
+    with pytest.raises(ConfigError, match=r"only on one side: energy\.sees_scaled"):
+        load_agent(path, "cpu", energy={**SMALL["energy"], "scaled_input": False})
+
+
 # ---------------------------------------------------------------- acting
 
 

@@ -1,0 +1,86 @@
+"""The check of a learnt energy: on a bandit whose exact guidance is known at all times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from energy_learners import LEARNERS, MEAN, SLOPE, STD, built, chain, fit, linear_bandit, small
+from torch import Tensor
+
+from lit_diffrl.methods.exact_guidance import check_guidance
+
+TIMES = [0.1, 0.35, 0.7]
+
+
+def known(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch, learnt: Callable[[Tensor], Tensor] = lambda exact: exact
+) -> tuple[Any, Callable[[float, Tensor], Tensor]]:
+    """A learner whose actions are N(0.1, 0.25^2) and whose Q is ``slope a`` with a slope by state, and its guidance.
+
+    The exact energy of a Gaussian and a linear Q has the gradient ``beta slope alpha v / (alpha^2 v + sigma^2)``.
+    """
+    method = built(kind, beta=2.0)
+
+    def gradient(t: float, obs: Tensor) -> Tensor:
+        alpha, v = method.sde.alpha(t), STD**2
+        return method.beta * obs[:, :1] * alpha * v / (alpha**2 * v + method.sde.sigma(t) ** 2)
+
+    monkeypatch.setattr(method, "draw_actions", lambda obs, noise, options, acting: MEAN + STD * noise)
+    monkeypatch.setattr(method, "q_of", lambda obs: lambda action: obs[:, :1] * action[..., 0])
+    monkeypatch.setattr(
+        method, "guidance_of", lambda obs, asked: lambda x, t: learnt(gradient(t.item(), obs)).expand_as(x)
+    )
+    return method, gradient
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_it_measures_the_exact_guidance(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    method, gradient = known(kind, monkeypatch)
+    obs = torch.full((33, 2), SLOPE)  # states of three chunks, the last with one
+    found = check_guidance(method, obs, TIMES, 4000)
+    assert [row.t for row in found] == TIMES
+    for row in found:
+        expected = method.sde.sigma(row.t) * gradient(row.t, obs[:1]).item()
+        assert row.learnt == pytest.approx(expected, rel=1e-5)
+        assert row.exact == pytest.approx(expected, rel=0.05) and row.cosine == pytest.approx(1)
+    # in noise all actions count but for Q's tilt, whose share of them is exp(-(beta slope deviation)^2)
+    assert found[-1].actions == pytest.approx(4000 * math.exp(-((method.beta * SLOPE * STD) ** 2)), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_it_tells_a_wrong_length_from_a_wrong_direction(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    method, _ = known(kind, monkeypatch, lambda exact: -10 * exact)
+    for row in check_guidance(method, torch.full((16, 2), SLOPE), TIMES, 4000):
+        assert row.learnt == pytest.approx(10 * row.exact, rel=0.05) and row.cosine == pytest.approx(-1)
+
+
+def test_each_state_has_actions_and_values_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median is the middle state's, and no chunk's."""
+    method, gradient = known(LEARNERS[0], monkeypatch)
+    obs = torch.linspace(0.5, 2.5, 35)[:, None].expand(-1, 2)
+    for row in check_guidance(method, obs, TIMES, 4000):
+        expected = method.sde.sigma(row.t) * gradient(row.t, obs[17:18]).item()
+        assert row.learnt == pytest.approx(expected, rel=1e-5) and row.exact == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_networks_guidance_is_taken_as_it_acts(kind: type[Any]) -> None:
+    """The same numbers twice, in inference mode too, and none of them moves a weight or a random generator."""
+    method = fit(small(kind))
+    method.zero_grad()
+    obs, state = torch.zeros(5, 2), torch.get_rng_state()
+    found = check_guidance(method, obs, TIMES, 32)
+    with torch.inference_mode():
+        assert check_guidance(method, obs, TIMES, 32) == found
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in method.parameters())
+    assert all(row.learnt > 0 for row in found)
+
+
+def test_episodes_begin_where_the_data_says() -> None:
+    assert chain().initial.tolist() == [0, 3]
+    assert linear_bandit(5).initial.tolist() == [0, 1, 2, 3, 4]
