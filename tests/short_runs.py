@@ -22,8 +22,8 @@ CONFIGS = sorted((ROOT / "conf").glob("*.yaml"))
 UPDATES = 3
 SMALL = (
     f"--data.updates_per_epoch={UPDATES} --rollout.every_n_epochs=100 --rollout.episodes=1 --rollout.num_envs=1 "
-    "--rollout.max_steps=2 --rollout.pictures=false --model_check.starts=0 --trainer.accelerator=cpu "
-    "--trainer.enable_model_summary=false --trainer.log_every_n_steps=1"
+    "--rollout.max_steps=2 --rollout.pictures=false --model_check.starts=0 --energy_check.states=0 "
+    "--trainer.accelerator=cpu --trainer.enable_model_summary=false --trainer.log_every_n_steps=1"
 ).split()
 # Groups of options with such fields become as small as this.
 SMALLER = {

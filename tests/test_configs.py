@@ -38,6 +38,7 @@ SMALL = [
     "--rollout.num_envs=1",
     "--rollout.max_steps=2",
     "--model_check.starts=0",
+    "--energy_check.states=0",
     "--trainer.accelerator=cpu",
     "--trainer.enable_model_summary=false",
 ]

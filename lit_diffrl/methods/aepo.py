@@ -35,7 +35,7 @@ from lit_diffrl.methods.posterior import PosteriorTable
 from lit_diffrl.precision import constant_weights
 from lit_diffrl.seeding import Draws, Place
 
-AEPO_ENERGY = EnergyOptions(layers=3)
+AEPO_ENERGY = EnergyOptions(layers=3, scaled_input=True)
 MEASURED = 4096  # transitions that the scale of the target is measured on
 
 
@@ -53,7 +53,7 @@ class AEPO(AEPOCritics):
     2. ``critic``: ``V`` by expectile regression on the least target critic, then the critics on ``r + gamma V(s')``
        (Eq. 27), then their targets. ``q_training`` isql takes the in-support softmax of QGPO instead; cql halves the
        squared error and adds ``cql_weight (logsumexp Q(s, .) - Q(s, a))`` over uniform, support and data actions.
-    3. ``energy``: v is tabulated; then squared error of the energy network to Eq. 25 (Eq. 26).
+    3. ``energy``: v is tabulated; then the energy network's error to Eq. 25 (Eq. 26).
 
     With ``schedule`` joint the third phase trains all three (Algorithm 1); with 0 epochs for the first two that is all.
 
@@ -65,6 +65,10 @@ class AEPO(AEPOCritics):
           mean is clipped to the box of actions: ``clip: false``.
         - ``beta V(s)`` is subtracted from the target, which is divided by its deviation; neither changes the guidance:
           ``target: {baseline: false, scale: 1}``.
+        - Where critics are steep, Eq. 25 has heavy tails. From its squared error a network learns guidance that in
+          noise, where the exact one is next to nothing, is tens to hundreds of times too long. So the error is Huber's:
+          ``target: {loss: mse}``; the network sees ``alpha_t a_t``, so that its guidance fades: ``energy:
+          {scaled_input: false}``; and ``beta`` is at the lower end of the paper's range of 1 to 5.
         - Behaviour model, critics and energy learn one after the other, which has the same fixed point:
           ``schedule: joint``.
         - CQL's actions are not weighted by their densities, which the behaviour model does not tell; the data's action
@@ -72,13 +76,14 @@ class AEPO(AEPOCritics):
         - Scores are not rescaled (Eq. 45), which would not be exact: ``rescale: true``.
 
     Logged: ``loss/behaviour``, ``loss/value``, ``loss/critic``, ``loss/energy`` (in units of ``target.scale``, by
-    default the target's deviation: below 1, and down to the share that the noised action does not tell),
+    default the target's deviation),
     ``target/mean`` and ``target/deviation`` (mean absolute one; of the target before it is divided),
     ``target/variance_term`` (mean of its last term; far above the deviation it means that ``beta`` times the rewards'
     scale is too large for the expansion), ``q/mean``, ``q/value``, ``q/target``, ``q/gradient`` (norm of g),
     ``grad_norm/...``.
 
     Args:
+        beta: Inverse temperature of the policy learnt: how far it goes from the behaviour to better actions.
         schedule: ``sequential``, or ``joint`` in the energy's phase (Algorithm 1).
         guidance: What guides: the energy ``network``, or the ``closed_form`` itself, expanded at the posterior mean and
             differentiated through the behaviour model, with the variance by time alone and the target's ``curvature``.
@@ -96,6 +101,7 @@ class AEPO(AEPOCritics):
 
     def __init__(
         self,
+        beta: float = 1.0,
         schedule: Literal["sequential", "joint"] = "sequential",
         guidance: Literal["network", "closed_form"] = "network",
         posterior: PosteriorOptions = PosteriorOptions(),
@@ -108,7 +114,7 @@ class AEPO(AEPOCritics):
         self.schedule, self.guidance = schedule, guidance
         self.posterior_options = as_options(PosteriorOptions(), posterior)
         self.target_options = as_options(TargetOptions(), target)
-        super().__init__(energy=as_options(AEPO_ENERGY, energy), **kwargs)
+        super().__init__(beta=beta, energy=as_options(AEPO_ENERGY, energy), **kwargs)
         self._check()
 
     def _check(self) -> None:

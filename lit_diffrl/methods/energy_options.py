@@ -242,7 +242,7 @@ class TargetOptions:
     curvature: Literal["none", "hvp", "full"] = "none"
     baseline: bool = True
     scale: float | Literal["auto"] = "auto"
-    loss: Literal["mse", "huber"] = "mse"
+    loss: Literal["mse", "huber"] = "huber"
     weight: Literal["uniform", "alpha2"] = "uniform"
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ class EnergyCheck(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Compare when all has been learnt."""
-        if pl_module.guided and self._wanted(trainer):
+        if self._wanted(trainer) and pl_module.guided:
             self._draw(trainer, pl_module, self._measure(trainer, pl_module), "energy")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

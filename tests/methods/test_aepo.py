@@ -475,7 +475,7 @@ def test_what_terminates_is_worth_its_reward_and_a_time_limit_ends_nothing(
 def test_the_loss_is_of_errors_in_units_of_the_scale_weighted_by_time(loss: str, weight: str) -> None:
     """Eq. 26 and its options."""
     method, batch, noised, eps_hat = ready(loss=loss, weight=weight, scale=0.05)
-    error = method.energy(noised.a_t, noised.t, batch.obs) - method.energy_target(batch, noised, eps_hat) / 0.05
+    error = method.learnt_energy(noised.a_t, noised.t, batch.obs) - method.energy_target(batch, noised, eps_hat) / 0.05
     far = error.abs() > 1
     assert bool(far.any() and (~far).any()), "both parts of the Huber loss are met"
     each = error.square() if loss == "mse" else torch.where(far, error.abs() - 0.5, 0.5 * error.square())

@@ -128,7 +128,7 @@ def rank_correlation(method: Any, c: float, t: Tensor) -> float:
     origin, eps = torch.randn(2, len(t), 1, generator=generator)
     x = SDE.q_sample(ONE.means[0] + ONE.variances[0] ** 0.5 * origin, t, eps)
     with torch.no_grad():
-        found = method.energy(x, t, torch.zeros(len(t), 2))
+        found = method.learnt_energy(x, t, torch.zeros(len(t), 2))
     known = ONE.energy(x.double(), t.double()[:, None], method.beta, c)
     ranks = torch.stack([v.argsort().argsort().double() for v in (found, known)])
     return float(torch.corrcoef(ranks)[0, 1])
@@ -144,7 +144,11 @@ def check_linear(method: Any) -> None:
 
 SUPPORT: Options = (("target", (("form", "support"),)), ("support", (("actions", 32),)))
 SAMPLED: Options = (("posterior", (("mean", "sample"),)), ("energy", (("lr", 5e-4),)))
-LITERAL: Options = (("posterior", (("mean", "eps"),)),)
+LITERAL: Options = (
+    ("posterior", (("mean", "eps"),)),
+    ("target", (("loss", "mse"), ("weight", "uniform"))),
+    ("energy", (("scaled_input", False),)),
+)
 
 
 @pytest.mark.parametrize("kind", [AEPO, QGPO])
