@@ -239,6 +239,19 @@ def test_sampled_chains_keep_processes_in_step(compute: str, folder: Path) -> No
 # ---------------------------------------------------------------- once, or not at all
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "picture"),
+    [("aepo", "--energy_check.states=3", "energy"), ("dydiff_td3bc", "--model_check.starts=3", "models-epoch=*")],
+)
+def test_what_one_process_measures_does_not_part_it_from_the_others(
+    name: str, more: str, picture: str, folder: Path
+) -> None:
+    """Both reach the end, and the weights are the same."""
+    two = train(short(name), "two", more, *short(name).batches_of(3), processes=2)
+    assert furthest(two[0].tensors, two[1].tensors)[0] == 0
+    assert len(list(folder.glob(f"tb_logs/*/*/two/pictures/{picture}.png"))) == 1
+
+
 def test_data_is_collected_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))

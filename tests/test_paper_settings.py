@@ -313,6 +313,7 @@ def test_energy_guidance_has_qgpos_code_and_aepos_table_4(learner: str, domain: 
         "none",
     )
     assert (target.baseline, target.scale, target.loss, target.weight) == (False, 1, "mse", "uniform")
+    assert not method.energy_options.scaled_input
 
 
 @pytest.mark.parametrize("path", sorted(path.stem for path in (PAPER / "synther").glob("*.yaml")))

@@ -63,12 +63,13 @@ class AEPO(AEPOCritics):
         - The variance is estimated by the likelihood (Eq. 43) above t = 0.2, where Eq. 22 multiplies an error by up to
           23,000: ``posterior.variance: raw``; it is clamped and smoothed: ``clamp: false``, ``isotonic: false``. The
           mean is clipped to the box of actions: ``clip: false``.
-        - ``beta V(s)`` is subtracted from the target, which is divided by its deviation; neither changes the guidance:
-          ``target: {baseline: false, scale: 1}``.
+        - ``beta V(s)`` is subtracted from the target, which is divided by its deviation; with a squared error neither
+          changes the guidance: ``target: {baseline: false, scale: 1}``.
         - Where critics are steep, Eq. 25 has heavy tails. From its squared error a network learns guidance that in
-          noise, where the exact one is next to nothing, is tens to hundreds of times too long. So the error is Huber's:
-          ``target: {loss: mse}``; the network sees ``alpha_t a_t``, so that its guidance fades: ``energy:
-          {scaled_input: false}``; and ``beta`` is at the lower end of the paper's range of 1 to 5.
+          noise, where the exact one is next to nothing, is tens to hundreds of times too long. So the error is Huber's,
+          whose least is between the target's mean, which Eq. 26 asks for, and its median: ``target: {loss: mse}``; the
+          network sees ``alpha_t a_t``, so that its guidance fades: ``energy: {scaled_input: false}``; and ``beta`` is
+          at the lower end of the paper's range of 1 to 5.
         - Behaviour model, critics and energy learn one after the other, which has the same fixed point:
           ``schedule: joint``.
         - CQL's actions are not weighted by their densities, which the behaviour model does not tell; the data's action
@@ -76,11 +77,10 @@ class AEPO(AEPOCritics):
         - Scores are not rescaled (Eq. 45), which would not be exact: ``rescale: true``.
 
     Logged: ``loss/behaviour``, ``loss/value``, ``loss/critic``, ``loss/energy`` (in units of ``target.scale``, by
-    default the target's deviation),
-    ``target/mean`` and ``target/deviation`` (mean absolute one; of the target before it is divided),
-    ``target/variance_term`` (mean of its last term; far above the deviation it means that ``beta`` times the rewards'
-    scale is too large for the expansion), ``q/mean``, ``q/value``, ``q/target``, ``q/gradient`` (norm of g),
-    ``grad_norm/...``.
+    default the target's deviation), ``target/mean`` and ``target/deviation`` (mean absolute one; of the target before
+    it is divided), ``target/variance_term`` (mean of its last term; far above the deviation it means that ``beta``
+    times the rewards' scale is too large for the expansion), ``q/mean``, ``q/value``, ``q/target``, ``q/gradient``
+    (norm of g), ``grad_norm/...``.
 
     Args:
         beta: Inverse temperature of the policy learnt: how far it goes from the behaviour to better actions.

@@ -242,7 +242,7 @@ def monte_carlo_energy(
 
 
 def support_log_weights(a_t: Tensor, t: Tensor, actions: Tensor, sde: VPSDE) -> Tensor:
-    """Logarithms ``(B, M)`` of each support action's share in what became ``a_t``; arguments as above."""
+    """Logarithms ``(B, M)`` of support actions' shares in what became ``a_t``; as :func:`monte_carlo_energy`."""
     t = over_rows(t, a_t)  # (B, 1)
     distance = (a_t.unsqueeze(1) - sde.alpha(t).unsqueeze(-1) * actions).square().sum(-1)
     return (-0.5 * distance / sde.sigma(t).square()).log_softmax(-1)

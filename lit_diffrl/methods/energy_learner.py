@@ -171,6 +171,18 @@ class EnergyLearner(SupportLearner):
         if stage == "fit" and self.behaviour_ckpt is not None and self.trainer.ckpt_path is None:
             self.take_behaviour(self.behaviour_ckpt)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As Method; and refuse an energy network of another input, which its shapes do not tell."""
+        own = f"{type(self).__module__}.{type(self).__qualname__}"
+        scaled = "energy.sees_scaled" in checkpoint["state_dict"]
+        if checkpoint.get(CHECKPOINT_KEY, {}).get("method") == own and scaled != self.energy_options.scaled_input:
+            raise ConfigError(
+                f"the checkpoint's energy network sees {'alpha_t a_t' if scaled else 'a_t'}, but energy.scaled_input "
+                f"is {str(not scaled).lower()}; give --model.energy.scaled_input {str(scaled).lower()}, in Python "
+                f"energy={{'scaled_input': {scaled}}}"
+            )
+        super().on_load_checkpoint(checkpoint)
+
     def take_behaviour(self, path: str) -> None:
         """Take the behaviour model of a checkpoint, of QGPO or AEPO alike.
 
@@ -245,7 +257,7 @@ class EnergyLearner(SupportLearner):
             self.report({"grad_norm/behaviour": norm})
 
     def learnt_energy(self, a_t: Tensor, t: Tensor, obs: Tensor) -> Tensor:
-        """What the energy network says of noisy actions, in units of ``guidance_unit``; arguments as its."""
+        """What the energy network says of noisy actions, in units of ``guidance_unit``; arguments as EnergyNet."""
         seen = over_rows(self.sde.alpha(t), a_t) * a_t if self.energy_options.scaled_input else a_t
         energy: Tensor = self.energy(seen, t, obs)
         return energy

@@ -227,7 +227,7 @@ class TargetOptions:
         baseline: Subtract ``beta V(s)``, which leaves the guidance as it is; ``q_training`` isql learns no V.
         scale: What the target is divided by and the guidance multiplied by; ``auto`` measures its deviation when the
             energy's phase begins. A run that goes on keeps its own.
-        loss: ``mse``, or ``huber`` of width 1 in units of ``scale``.
+        loss: ``mse``, or ``huber`` of width 1 in units of ``scale``, which then decides how far errors are squared.
         weight: Of the loss over time: ``uniform``, or ``alpha2``, the squared factor of the signal.
     """
 

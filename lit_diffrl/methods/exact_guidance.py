@@ -30,8 +30,9 @@ class GuidanceCheck(NamedTuple):
             ``sqrt(A)``.
         learnt: Length of the policy's.
         cosine: Of the angle between the two.
-        actions: How many actions the exact one rests on (one over the sum of their squared shares). Where it is but a
-            few, as at small times with actions of many dimensions, the exact one is not known.
+        actions: How many actions the exact one rests on: one over the sum of their squared shares, without or with Q,
+            whichever is less. Where it is but a few, as at small times with actions of many dimensions or where Q
+            differs by much more than ``1 / beta``, the exact one is not known.
     """
 
     t: float
@@ -72,9 +73,11 @@ def check_guidance(method: EnergyLearner, obs: Tensor, times: list[float], actio
             sigma = method.sde.sigma(t)
             exact = sigma * monte_carlo_energy(a_t, every, support, q, method.sde, method.beta)[1]
             learnt = sigma * gradient(a_t, t)
-            shares = (support_log_weights(a_t, every, support, method.sde) + method.beta * q).softmax(-1)
+            log_w = support_log_weights(a_t, every, support, method.sde)
+            shares = torch.stack([log_w, log_w + method.beta * q]).softmax(-1)
+            counted = (1 / shares.square().sum(-1)).amin(0)
             cosine = F.cosine_similarity(exact, learnt, dim=-1)
-            found.append(torch.stack([exact.norm(dim=-1), learnt.norm(dim=-1), cosine, 1 / shares.square().sum(-1)]))
+            found.append(torch.stack([exact.norm(dim=-1), learnt.norm(dim=-1), cosine, counted]))
     by_time = torch.stack([torch.cat(found[i :: len(times)], dim=1) for i in range(len(times))])
     medians = by_time.double().median(dim=-1).values.tolist()
     return [GuidanceCheck(t, *row) for t, row in zip(times, medians)]

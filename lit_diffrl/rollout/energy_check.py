@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_diffrl.errors import ConfigError, check_each, check_range
 from lit_diffrl.rollout.callback import _checkpoint_name, _rehearsing, _run_folder
-from lit_diffrl.rollout.pictures import encode_png, figure_pixels
-from lit_diffrl.rollout.results import unused_name, write_bytes, write_json
+from lit_diffrl.rollout.publish import publish
+from lit_diffrl.rollout.results import unused_name, write_json
 from lit_diffrl.rollout.sweep import COLORS, INK, aligned
 
 if TYPE_CHECKING:
@@ -30,13 +30,14 @@ class EnergyCheck(Callback):
     """Compares an energy's guidance with the exact one, by Monte Carlo over the behaviour model's own actions.
 
     Done in states where the data's episodes begin and in states spread evenly over it, at the end of ``fit`` and by
-    ``test``. It tells an energy that learnt something wrong from critics that are wrong: where the two lengths differ
-    or the cosine is low, a larger degree harms for the energy's sake. Where episodes begin a policy must not fail, and
-    the data has few states.
+    ``test``, once the energy has learnt. It tells an energy that learnt something wrong from critics that are wrong:
+    where the two lengths differ or the cosine is low, guidance does what the critics did not ask for. Where episodes
+    begin a policy must not fail, and the data has few states.
 
     A table is printed and drawn (TensorBoard ``energy/check`` and ``pictures/``), and ``test`` writes it into
     ``results/``: medians of the lengths of ``sigma_t grad E_t`` at degree 1, exact and learnt, of the cosine between
     them, and of the number of actions that the exact one rests on. Where that is small, the exact one is not known.
+    ``guidance_t_max`` and rescaling are left out of it.
 
     Args:
         states: States of either kind to compare in; 0 compares nothing.
@@ -60,33 +61,36 @@ class EnergyCheck(Callback):
                 "have: leave it out, or give --energy_check.states 0"
             )
 
-    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Refuse a checkpoint whose energy has not learnt, before any episode."""
-        if self.states and not pl_module.guided:
-            raise ConfigError(
-                f"energy_check.states is {self.states}, but the energy of {trainer.ckpt_path} has not learnt yet; give "
-                "a checkpoint of a later phase, or --energy_check.states 0"
-            )
-
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Compare when all has been learnt."""
-        if self._wanted(trainer) and pl_module.guided:
-            self._draw(trainer, pl_module, self._measure(trainer, pl_module), "energy")
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Compare when all has been learnt; the last checkpoint is written."""
+        folder = _run_folder(trainer)  # asks all processes
+        if self._wanted(trainer, pl_module):
+            self._show(trainer, folder, pl_module, self._measure(trainer, pl_module), "energy")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Compare, and write the numbers."""
-        if not self._wanted(trainer):
+        run = _run_folder(trainer)  # asks all processes
+        if not self._wanted(trainer, pl_module):
             return
-        found, folder = self._measure(trainer, pl_module), _run_folder(trainer) / "results"
+        found, folder = self._measure(trainer, pl_module), run / "results"
         name = unused_name(folder, f"{_checkpoint_name(trainer)}-energy")
-        values = {where: [row._asdict() for row in rows] for where, rows in found.items()}
-        options = {"dataset": pl_module.spec.dataset_ids, "states": self.states, "support": self.actions}
-        write_json(folder / f"{name}.json", {**options, **values})
+        content = {
+            "dataset": pl_module.spec.dataset_ids,
+            "states": self.states,
+            "support": self.actions,
+            **{where: [row._asdict() for row in rows] for where, rows in found.items()},
+            "options": dict(pl_module.hparams),
+        }
+        write_json(folder / f"{name}.json", content)
         log.info("wrote %s", folder / f"{name}.json")
-        self._draw(trainer, pl_module, found, name)
+        self._show(trainer, run, pl_module, found, name)
 
-    def _wanted(self, trainer: Trainer) -> bool:
-        return self.states > 0 and trainer.is_global_zero and not _rehearsing(trainer)
+    def _wanted(self, trainer: Trainer, method: Any) -> bool:
+        if not self.states or not trainer.is_global_zero or _rehearsing(trainer):
+            return False
+        if not method.guided:
+            log.warning("energy_check: the energy has not learnt yet, so its guidance is not compared")
+        return bool(method.guided)
 
     def _measure(self, trainer: Trainer, method: Any) -> Found:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -98,15 +102,11 @@ class EnergyCheck(Callback):
                 found[where] = method.check_guidance(obs, self.times, self.actions)
         return found
 
-    def _draw(self, trainer: Trainer, method: Any, found: Found, name: str) -> None:
+    @staticmethod
+    def _show(trainer: Trainer, folder: Path, method: Any, found: Found, name: str) -> None:
         title = f"{type(method).__name__} · {'+'.join(method.spec.dataset_ids)} · guidance of degree 1"
         print(check_table(found), flush=True)
-        pixels = figure_pixels(check_figure(found, title))
-        if trainer.loggers or trainer.ckpt_path:
-            write_bytes(_run_folder(trainer) / "pictures" / f"{name}.png", encode_png(pixels))
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("energy/check", pixels, trainer.global_step, dataformats="HWC")
+        publish(trainer, folder, check_figure(found, title), "energy/check", name)
 
 
 def check_table(found: Found) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_diffrl.errors import check_range
 from lit_diffrl.rollout.callback import _checkpoint_name, _rehearsing, _run_folder
@@ -19,9 +18,12 @@ from lit_diffrl.rollout.model_errors import (
     replayed_errors,
     wholly_observed,
 )
-from lit_diffrl.rollout.pictures import encode_png, figure_pixels
+from lit_diffrl.rollout.publish import publish
 from lit_diffrl.rollout.replay import Simulator
-from lit_diffrl.rollout.results import unused_name, write_bytes, write_json
+from lit_diffrl.rollout.results import unused_name, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -60,20 +62,24 @@ class ModelCheck(Callback):
         """Compare before the policy's first update."""
         method: Any = pl_module
         first = sum(phase.epochs for phase in getattr(method, "model_phases", []))
-        if batch_idx or trainer.current_epoch != first or not self._wanted(trainer, method):
+        if batch_idx or trainer.current_epoch != first or not self.starts:
+            return
+        folder = _run_folder(trainer)  # asks all processes
+        if not self._wanted(trainer, method):
             return
         errors = self._measure(trainer, method)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics({f"model/{name}": value for name, value in errors.at().items()}, step=step)
-        self._draw(trainer, method, errors, f"models-epoch={trainer.current_epoch}", step)
+        publish(trainer, folder, self._figure(method, errors), "model/errors", f"models-epoch={trainer.current_epoch}")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare, and write the numbers."""
         method: Any = pl_module
+        run = _run_folder(trainer)  # asks all processes
         if not self._wanted(trainer, method):
             return
-        folder = _run_folder(trainer) / "results"
+        folder = run / "results"
         found = {"models": self._measure(trainer, method), **self._measure_rollouts(trainer, method)}
         for kind, errors in found.items():
             name = unused_name(folder, f"{_checkpoint_name(trainer)}-{kind}")
@@ -84,7 +90,7 @@ class ModelCheck(Callback):
                 **{k: v for k, v in (("ended", errors.ended), ("returns", errors.returns)) if v},
             }
             write_json(folder / f"{name}.json", {"dataset": method.spec.dataset_ids, **values})
-            self._draw(trainer, method, errors, name, 0)
+            publish(trainer, run, self._figure(method, errors), "model/errors", name)
             log.info("wrote %s", folder / f"{name}.json")
 
     def _wanted(self, trainer: Trainer, method: Any) -> bool:
@@ -112,11 +118,5 @@ class ModelCheck(Callback):
             }
 
     @staticmethod
-    def _draw(trainer: Trainer, method: Any, errors: ModelErrors, name: str, step: int) -> None:
-        title = f"{type(method).__name__} · {'+'.join(method.spec.dataset_ids)}"
-        pixels = figure_pixels(errors_figure(errors, title))
-        if trainer.loggers or trainer.ckpt_path:
-            write_bytes(_run_folder(trainer) / "pictures" / f"{name}.png", encode_png(pixels))
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("model/errors", pixels, step, dataformats="HWC")
+    def _figure(method: Any, errors: ModelErrors) -> Figure:
+        return errors_figure(errors, f"{type(method).__name__} · {'+'.join(method.spec.dataset_ids)}")

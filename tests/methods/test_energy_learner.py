@@ -254,12 +254,29 @@ def test_guidance_is_the_gradient_of_what_the_energy_network_says_of_scaled_acti
             assert slope.abs().max() > 0
 
 
+@pytest.mark.parametrize(("kind", "options"), [(AEPO, {}), (QGPO, {}), (QGPO, {"objective": "mse"})])
+def test_an_energy_of_scaled_actions_learns_of_them_alone(kind: type[Any], options: dict[str, Any]) -> None:
+    calls = {"network": 0, "learner": 0}
+
+    class Counted(kind):  # type: ignore[misc, valid-type]
+        def build(self, spec: Any) -> None:
+            super().build(spec)
+            self.energy.register_forward_pre_hook(lambda *_: calls.update(network=calls["network"] + 1))
+
+        def learnt_energy(self, *args: Any) -> torch.Tensor:
+            calls["learner"] += 1
+            return super().learnt_energy(*args)  # type: ignore[no-any-return]
+
+    fit(small(Counted, energy={"scaled_input": True}, **options))
+    assert calls["network"] == calls["learner"] > 0
+
+
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_an_energy_of_scaled_actions_is_not_taken_for_one_of_plain_actions(kind: type[Any], tmp_path: Path) -> None:
     method = fit(small(kind, energy={"scaled_input": True}))
     path = saved(method, tmp_path / "run.ckpt")
     torch.testing.assert_close(act(load_agent(path, "cpu"), 5), act(method, 5))
-    with pytest.raises(ConfigError, match=r"only on one side: energy\.sees_scaled"):
+    with pytest.raises(ConfigError, match="give --model.energy.scaled_input true"):
         load_agent(path, "cpu", energy={**SMALL["energy"], "scaled_input": False})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,8 +30,16 @@ def known(
         alpha, v = method.sde.alpha(t), STD**2
         return method.beta * obs[:, :1] * alpha * v / (alpha**2 * v + method.sde.sigma(t) ** 2)
 
-    monkeypatch.setattr(method, "draw_actions", lambda obs, noise, options, acting: MEAN + STD * noise)
-    monkeypatch.setattr(method, "q_of", lambda obs: lambda action: obs[:, :1] * action[..., 0])
+    def draw(obs: Tensor, noise: Tensor, options: Any, acting: tuple[float, bool]) -> Tensor:
+        assert acting == (0.0, False), "of the behaviour alone"
+        return MEAN + STD * noise
+
+    def q(obs: Tensor, action: Tensor) -> Tensor:
+        assert action.abs().max() <= 1, "within the box, where the policy acts"
+        return obs[:, :1] * action[..., 0]
+
+    monkeypatch.setattr(method, "draw_actions", draw)
+    monkeypatch.setattr(method, "q_of", lambda obs: partial(q, obs))
     monkeypatch.setattr(
         method, "guidance_of", lambda obs, asked: lambda x, t: learnt(gradient(t.item(), obs)).expand_as(x)
     )
@@ -48,6 +57,8 @@ def test_it_measures_the_exact_guidance(kind: type[Any], monkeypatch: pytest.Mon
         assert row.learnt == pytest.approx(expected, rel=1e-5)
         assert row.exact == pytest.approx(expected, rel=0.05) and row.cosine == pytest.approx(1)
     # in noise all actions count but for Q's tilt, whose share of them is exp(-(beta slope deviation)^2)
+    (clean,) = check_guidance(method, obs[:1], [0.005], 4000)
+    assert clean.actions < 1200
     assert found[-1].actions == pytest.approx(4000 * math.exp(-((method.beta * SLOPE * STD) ** 2)), rel=0.1)
 
 
@@ -61,10 +72,19 @@ def test_it_tells_a_wrong_length_from_a_wrong_direction(kind: type[Any], monkeyp
 def test_each_state_has_actions_and_values_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The median is the middle state's, and no chunk's."""
     method, gradient = known(LEARNERS[0], monkeypatch)
-    obs = torch.linspace(0.5, 2.5, 35)[:, None].expand(-1, 2)
+    obs = torch.linspace(0.5, 2.0, 35).square()[:, None].expand(-1, 2)
     for row in check_guidance(method, obs, TIMES, 4000):
         expected = method.sde.sigma(row.t) * gradient(row.t, obs[17:18]).item()
         assert row.learnt == pytest.approx(expected, rel=1e-5) and row.exact == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_its_q_is_that_of_the_target_critics(kind: type[Any]) -> None:
+    method = fit(small(kind))
+    obs, action = torch.randn(7, 2), torch.rand(7, 3, 1)
+    found = method.q_of(obs)(action)
+    torch.testing.assert_close(found, method.least_q(obs, action, target=True))
+    assert not torch.allclose(found, method.least_q(obs, action))
 
 
 @pytest.mark.parametrize("kind", LEARNERS)

@@ -44,16 +44,16 @@ def test_guidance_is_checked_when_it_has_learnt_and_by_test(
     assert len(list((run / "results").glob("*-energy*"))) == 1
 
 
-def test_an_energy_that_has_not_learnt_is_refused_before_any_episode(
-    mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_energy_that_has_not_learnt_is_not_compared(
+    mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
     monkeypatch.chdir(tmp_path)
     Config(ROOT / "conf/aepo.yaml").fit("a", "--model.critic_epochs=0", "--model.energy_epochs=0", *CHECK)
-    assert STARTS not in capsys.readouterr().out
-    assert main([*TEST, *CHECK]) == 2
-    assert "has not learnt yet" in capsys.readouterr().err
-    assert not list(Path("tb_logs").glob("*/*/a/results/*"))
+    assert caplog.text.count("has not learnt yet") == 1
+    assert main([*TEST, *CHECK]) == 0
+    assert caplog.text.count("has not learnt yet") == 2
+    assert not [*Path("tb_logs").glob("*/*/a/results/*-energy*"), *Path("tb_logs").glob("*/*/a/pictures/*energy*")]
 
 
 def test_a_method_without_an_energy_is_refused_before_it_learns(
