@@ -26,7 +26,7 @@ from lit_diffrl.diffusion.energy_guidance import Gradient, guide
 from lit_diffrl.diffusion.vp_sde import T_MIN, VPSDE, at_time, over_rows
 from lit_diffrl.errors import ConfigError, check_choice, check_each, check_range
 from lit_diffrl.methods.agent import Variant
-from lit_diffrl.methods.agreement import refuse_other_data, refuse_other_shapes
+from lit_diffrl.methods.agreement import refuse_other_data, refuse_other_method, refuse_other_shapes
 from lit_diffrl.methods.base import CHECKPOINT_KEY, Phase, as_options
 from lit_diffrl.methods.energy_options import (
     BehaviourOptions,
@@ -173,14 +173,15 @@ class EnergyLearner(SupportLearner):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As Method; and refuse an energy network of another input, which its shapes do not tell."""
-        own = f"{type(self).__module__}.{type(self).__qualname__}"
-        scaled = "energy.sees_scaled" in checkpoint["state_dict"]
-        if checkpoint.get(CHECKPOINT_KEY, {}).get("method") == own and scaled != self.energy_options.scaled_input:
-            raise ConfigError(
-                f"the checkpoint's energy network sees {'alpha_t a_t' if scaled else 'a_t'}, but energy.scaled_input "
-                f"is {str(not scaled).lower()}; give --model.energy.scaled_input {str(scaled).lower()}, in Python "
-                f"energy={{'scaled_input': {scaled}}}"
-            )
+        if CHECKPOINT_KEY in checkpoint:
+            refuse_other_method(checkpoint[CHECKPOINT_KEY]["method"], type(self))
+            scaled = "energy.sees_scaled" in checkpoint["state_dict"]
+            if scaled != self.energy_options.scaled_input:
+                raise ConfigError(
+                    f"the checkpoint's energy network sees {'alpha_t a_t' if scaled else 'a_t'}, but "
+                    f"energy.scaled_input is {str(not scaled).lower()}; give --model.energy.scaled_input "
+                    f"{str(scaled).lower()}, in Python energy={{'scaled_input': {scaled}}}"
+                )
         super().on_load_checkpoint(checkpoint)
 
     def take_behaviour(self, path: str) -> None:
