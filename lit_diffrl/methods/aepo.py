@@ -88,7 +88,7 @@ class AEPO(AEPOCritics):
         guidance: What guides: the energy ``network``, or the ``closed_form`` itself, expanded at the posterior mean and
             differentiated through the behaviour model, with the variance by time alone and the target's ``curvature``.
             A network that learned Eq. 25 at ``target.a_bar`` posterior_mean tends to it; other targets are other
-            energies. It costs a backward pass through behaviour and critics; a run may be tested with either.
+            energies. It costs a backward pass through behaviour and critics. ``monte_carlo`` is as EnergyLearner's.
         posterior: The clean action given the noisy one.
         target: What the energy network learns.
         energy: The energy network.
@@ -97,24 +97,24 @@ class AEPO(AEPOCritics):
     """
 
     fixed_arguments: ClassVar[tuple[str, ...]] = ("posterior",)
+    guidances = ("network", "closed_form", "monte_carlo")
     target_scale: Tensor
 
     def __init__(
         self,
         beta: float = 1.0,
         schedule: Literal["sequential", "joint"] = "sequential",
-        guidance: Literal["network", "closed_form"] = "network",
+        guidance: Literal["network", "closed_form", "monte_carlo"] = "network",
         posterior: PosteriorOptions = PosteriorOptions(),
         target: TargetOptions = TargetOptions(),
         energy: EnergyOptions = AEPO_ENERGY,
         **kwargs: Any,
     ) -> None:
         check_choice("model.schedule", schedule, ("sequential", "joint"))
-        check_choice("model.guidance", guidance, ("network", "closed_form"))
-        self.schedule, self.guidance = schedule, guidance
+        self.schedule = schedule
         self.posterior_options = as_options(PosteriorOptions(), posterior)
         self.target_options = as_options(TargetOptions(), target)
-        super().__init__(beta=beta, energy=as_options(AEPO_ENERGY, energy), **kwargs)
+        super().__init__(beta=beta, guidance=guidance, energy=as_options(AEPO_ENERGY, energy), **kwargs)
         self._check()
 
     def _check(self) -> None:
@@ -151,11 +151,6 @@ class AEPO(AEPOCritics):
             raise ConfigError(
                 "model.guidance 'closed_form' has no data's action to take as the posterior's mean when it acts; got "
                 "model.posterior.mean 'sample'; use mean calibrated or eps"
-            )
-        if self.guidance == "closed_form" and not self.epochs["energy"]:
-            raise ConfigError(
-                "model.guidance 'closed_form' needs no energy network, but the posterior that it asks is tabulated in "
-                "that phase: with model.energy_epochs 0 nothing would guide; give 1"
             )
         if joint and o.scale == "auto":
             raise ConfigError(
@@ -340,8 +335,8 @@ class AEPO(AEPOCritics):
     # ---------------------------------------------------------------- acting
 
     def guidance_of(self, obs: Tensor, asked: Sequence[float]) -> Gradient:
-        """The energy network's gradient, or that of the closed form itself."""
-        if self.guidance == "network":
+        """As EnergyLearner, or the gradient of the closed form itself."""
+        if self.guidance != "closed_form":
             return super().guidance_of(obs, asked)
 
         def energy(x: Tensor, t: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from lit_diffrl.methods.energy_options import (
     SolverOptions,
     SupportOptions,
 )
-from lit_diffrl.methods.exact_guidance import GuidanceCheck, check_guidance
+from lit_diffrl.methods.exact_guidance import GuidanceCheck, check_guidance, monte_carlo_guidance
 from lit_diffrl.methods.expansion import Value
 from lit_diffrl.methods.loading import read_checkpoint
 from lit_diffrl.methods.policy_options import CriticOptions
@@ -85,6 +85,10 @@ class EnergyLearner(SupportLearner):
         rescale_norm: Norms of Eq. 45: of each ``sample``, of the whole ``batch``, or of the guidance ``term`` alone.
             With ``batch`` an episode depends on those that are played beside it.
         guidance_t_max: Time above which there is no guidance; 1 for guidance throughout.
+        guidance: What guides: the energy ``network``, or the exact energy of the same critics and behaviour model by
+            ``monte_carlo`` over ``guidance_actions`` of the latter in each state, which costs as many draws for an
+            action and no training: a run may be tested with either.
+        guidance_actions: Actions that ``monte_carlo`` draws in each state.
         sampler: How support actions are drawn, and actions unless ``eval_sampler`` says otherwise.
         eval_sampler: What is different about drawing actions to act with; null as ``sampler``.
         behaviour: The behaviour model.
@@ -95,6 +99,8 @@ class EnergyLearner(SupportLearner):
 
     # Phases in which the energy learns.
     energy_phases: ClassVar[tuple[str, ...]] = ("energy",)
+    # What may guide.
+    guidances: ClassVar[tuple[str, ...]] = ("network", "monte_carlo")
     energy_updates: Tensor
 
     def __init__(
@@ -108,6 +114,8 @@ class EnergyLearner(SupportLearner):
         rescale: bool | list[bool] = False,
         rescale_norm: Literal["sample", "batch", "term"] = "sample",
         guidance_t_max: float = 1.0,
+        guidance: Literal["network", "monte_carlo"] = "network",
+        guidance_actions: int = 256,
         sampler: SolverOptions = SolverOptions(),
         eval_sampler: SolverChanges | None = None,
         behaviour: BehaviourOptions = BehaviourOptions(),
@@ -126,12 +134,20 @@ class EnergyLearner(SupportLearner):
         check_each("model.rescale", self.rescalings)
         check_choice("model.rescale_norm", rescale_norm, ("sample", "batch", "term"))
         check_range("model.guidance_t_max", guidance_t_max, T_MIN, 1)
+        check_choice("model.guidance", guidance, self.guidances)
+        check_range("model.guidance_actions", guidance_actions, 2)
         self.save_hyperparameters(logger=False)
         self.epochs = {**epochs, "behaviour": 0} if behaviour_ckpt else epochs
         if not any(self.epochs.values()):
             raise ConfigError("all phases of the model have 0 epochs; give --model.energy_epochs, say")
+        if guidance != "network" and not any(self.epochs[name] for name in self.energy_phases):
+            raise ConfigError(
+                f"model.guidance {guidance!r} needs no energy network, but begins where one would learn: with "
+                "model.energy_epochs 0 nothing would guide; give 1"
+            )
         self.behaviour_ckpt, self.beta = behaviour_ckpt, beta
         self.rescale_norm, self.guidance_t_max = rescale_norm, guidance_t_max
+        self.guidance, self.guidance_actions = guidance, guidance_actions
         self.acting: tuple[float, bool] = (self.degrees[0], self.rescalings[0])
         self.sampler = as_options(SolverOptions(), sampler)
         self.eval_sampler = as_options(SolverChanges(), eval_sampler or SolverChanges()).of(self.sampler)
@@ -280,6 +296,8 @@ class EnergyLearner(SupportLearner):
 
     def guidance_of(self, obs: Tensor, asked: Sequence[float]) -> Gradient:
         """The gradient of the energy in states ``(B, S)``, at times that will be asked for."""
+        if self.guidance == "monte_carlo":
+            return monte_carlo_guidance(self, obs, self.guidance_actions)
         gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
         if not self.energy_options.scaled_input:
             return gradient if unit == 1 else lambda x, t: unit * gradient(x, t)

@@ -1,4 +1,4 @@
-"""The guidance of an energy-guided policy beside the exact one, by time: where a learnt energy goes wrong.
+"""The exact guidance by Monte Carlo, to act with, and beside a learnt one, by time: where an energy goes wrong.
 
 The exact energy ``log E[exp(beta Q(s, a_0)) | a_t]`` (AEPO, Eqs. 12 and 13) is known by Monte Carlo: of many actions
 that the behaviour model draws in a state, each has a share in what became ``a_t``. Critics and behaviour model are
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_diffrl.diffusion.energy_guidance import Gradient
 from lit_diffrl.methods.energy import monte_carlo_energy, support_log_weights
 
 if TYPE_CHECKING:
@@ -43,6 +44,31 @@ class GuidanceCheck(NamedTuple):
 
 
 @torch.no_grad()
+def monte_carlo_guidance(method: EnergyLearner, obs: Tensor, actions: int) -> Gradient:
+    """The exact guidance in states ``(B, S)``, normalised, as far as ``actions`` of the behaviour model tell.
+
+    They are drawn from the same noise in every state and at every call, so that an action of the policy depends on its
+    own state and noise alone.
+    """
+    noise = torch.randn(1, actions, method.spec.action_dim, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr]
+    noise = noise.to(obs)
+    drawn = [draw(method, part, noise.expand(len(part), -1, -1)) for part in obs.split(CHUNK)]
+    support = torch.cat(drawn)
+    q = method.q_of(obs)(support).to(support)
+
+    @torch.no_grad()
+    def gradient(x: Tensor, t: Tensor) -> Tensor:
+        return monte_carlo_energy(x, t.expand(len(x)), support, q, method.sde, method.beta)[1]
+
+    return gradient
+
+
+def draw(method: EnergyLearner, obs: Tensor, noise: Tensor) -> Tensor:
+    """Actions ``(B, M, A)`` of the behaviour model in states ``(B, S)``, from noise like them."""
+    return method.draw_actions(obs, noise, method.sampler, (0.0, False)).clamp(-1, 1)
+
+
+@torch.no_grad()
 def check_guidance(method: EnergyLearner, obs: Tensor, times: list[float], actions: int) -> list[GuidanceCheck]:
     """Compare on actions that the behaviour model draws and noise that is added to them.
 
@@ -63,7 +89,7 @@ def check_guidance(method: EnergyLearner, obs: Tensor, times: list[float], actio
     found = []
     for part in obs.split(CHUNK):
         n, dim = len(part), method.spec.action_dim  # type: ignore[union-attr]
-        drawn = method.draw_actions(part, normal(n, actions + 1, dim), method.sampler, (0.0, False)).clamp(-1, 1)
+        drawn = draw(method, part, normal(n, actions + 1, dim))
         action, support = drawn[:, 0], drawn[:, 1:]
         q, gradient = method.q_of(part)(support), method.guidance_of(part, times)
         for time in times:

@@ -89,11 +89,11 @@ def trained(
     return fit(small(kind, beta=beta, behaviour_ckpt=behaviour_of(predict, law), **given), UPDATES, module)
 
 
-def samples(method: Any, degree: float = 1.0) -> Tensor:
-    """Actions ``(4000,)``, from an even cover of the noise; the box does not cut them."""
-    noise = torch.special.ndtri((torch.arange(4000) + 0.5) / 4000)[:, None]
+def samples(method: Any, degree: float = 1.0, count: int = 4000) -> Tensor:
+    """Actions ``(count,)``, from an even cover of the noise; the box does not cut them."""
+    noise = torch.special.ndtri((torch.arange(count) + 0.5) / count)[:, None]
     with torch.no_grad():
-        found: Tensor = method.draw_actions(torch.zeros(4000, 2), noise, method.sampler, (degree, False))
+        found: Tensor = method.draw_actions(torch.zeros(count, 2), noise, method.sampler, (degree, False))
     return found[:, 0]
 
 
@@ -160,6 +160,21 @@ def test_guided_samples_are_of_the_guided_law_and_energies_ranked_as_the_exact_o
     even = SDE.inverse_lambda(SDE.lambda_(u) + math.log(2))  # where data of half the size is as noisy as all of it at u
     for t in [even] if kind is AEPO else [torch.full((500,), t) for t in (0.05, 0.1, 0.3)]:
         assert rank_correlation(method, 1.5, t) > 0.9
+
+
+@pytest.mark.parametrize("kind", [AEPO, QGPO])
+def test_guided_by_monte_carlo_samples_are_of_the_guided_law_too(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the network has learnt; 500 actions tell the mean to 0.01."""
+    method = trained(kind, 2.0, 1.5, 0.0)
+    monkeypatch.setattr(method, "guidance", "monte_carlo")
+    monkeypatch.setattr(method, "guidance_actions", 500)
+    monkeypatch.setattr(method, "learnt_energy", None)
+    monkeypatch.setattr(method, "energy", None)
+    found = samples(method, count=200)
+    assert float(found.mean()) == pytest.approx(0.2875, abs=MEAN)
+    assert float(found.std()) == pytest.approx(0.25, abs=STD)
 
 
 @pytest.mark.slow

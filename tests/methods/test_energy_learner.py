@@ -338,8 +338,13 @@ def test_actions_are_in_the_box_each_of_its_episode_and_drawn_without_traces(rea
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(QGPO, {}), (AEPO, {}), (AEPO, {"guidance": "closed_form"})],
-    ids=["qgpo", "aepo", "closed form"],
+    [
+        (QGPO, {}),
+        (AEPO, {}),
+        (AEPO, {"guidance": "closed_form"}),
+        *((kind, {"guidance": "monte_carlo", "guidance_actions": 32}) for kind in (QGPO, AEPO)),
+    ],
+    ids=["qgpo", "aepo", "closed form", "qgpo by monte carlo", "aepo by monte carlo"],
 )
 def test_it_acts_in_the_inference_mode_that_lightning_tests_in_by_default(
     kind: type[Any], options: dict[str, Any]
@@ -395,7 +400,8 @@ def test_one_command_lends_the_behaviour_model_and_one_compares_degrees(
     assert [(point["guidance scale"], point["curve"]) for point in points] == [
         (0, "not rescaled"), (0.5, "not rescaled"), (0, "rescaled"), (0.5, "rescaled")
     ]  # fmt: skip
-    assert main(["test", "--ckpt_path", str(last), *played, "--model.guidance", "closed_form"]) == 0
+    for guidance in ("closed_form", "monte_carlo"):
+        assert main(["test", "--ckpt_path", str(last), *played, "--model.guidance", guidance]) == 0
 
 
 # ---------------------------------------------------------------- what is refused
@@ -407,6 +413,9 @@ def test_one_command_lends_the_behaviour_model_and_one_compares_degrees(
         (QGPO, {"guidance_scale": []}, "guidance_scale needs at least one"),
         (QGPO, {"rescale_norm": "samples"}, "did you mean 'sample'"),
         (QGPO, {"guidance_t_max": 0.0}, "guidance_t_max"),
+        (QGPO, {"guidance": "closed_form"}, "guidance must be one of"),
+        (QGPO, {"guidance": "monte_carlo", "guidance_actions": 1}, "guidance_actions"),
+        (QGPO, {"guidance": "monte_carlo", "critic_epochs": 0, "energy_epochs": 0}, "nothing would guide"),
         (QGPO, {"beta": 0.0}, "beta"),
         (QGPO, {"behaviour_epochs": 0}, "behaviour_epochs is 0.*behaviour_ckpt"),
         (QGPO, {"critic_epochs": 0}, "critic_epochs is 0"),

@@ -12,7 +12,7 @@ import torch
 from energy_learners import LEARNERS, MEAN, SLOPE, STD, built, chain, fit, linear_bandit, small
 from torch import Tensor
 
-from lit_diffrl.methods.exact_guidance import check_guidance
+from lit_diffrl.methods.exact_guidance import check_guidance, monte_carlo_guidance
 
 TIMES = [0.1, 0.35, 0.7]
 
@@ -60,6 +60,21 @@ def test_it_measures_the_exact_guidance(kind: type[Any], monkeypatch: pytest.Mon
     (clean,) = check_guidance(method, obs[:1], [0.005], 4000)
     assert clean.actions < 1200
     assert found[-1].actions == pytest.approx(4000 * math.exp(-((method.beta * SLOPE * STD) ** 2)), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_monte_carlo_guides_as_the_exact_energy(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each state's own Q, from the same actions at every call, and without a trace in the random generator."""
+    method, gradient = known(kind, monkeypatch)
+    obs, state = torch.linspace(0.5, 2.0, 35)[:, None].expand(-1, 2), torch.get_rng_state()
+    guidance = monte_carlo_guidance(method, obs, 4000)
+    again = monte_carlo_guidance(method, obs[3:4], 4000)
+    for time in TIMES:
+        t, x = torch.tensor([time]), torch.full((35, 1), 0.1)
+        found = guidance(x, t)
+        torch.testing.assert_close(found, gradient(time, obs), rtol=0.1, atol=0)
+        torch.testing.assert_close(again(x[3:4], t), found[3:4])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("kind", LEARNERS)
