@@ -85,10 +85,10 @@ class EnergyLearner(SupportLearner):
         rescale_norm: Norms of Eq. 45: of each ``sample``, of the whole ``batch``, or of the guidance ``term`` alone.
             With ``batch`` an episode depends on those that are played beside it.
         guidance_t_max: Time above which there is no guidance; 1 for guidance throughout.
-        guidance: What guides: the energy ``network``, or the exact energy of the same critics and behaviour model by
-            ``monte_carlo`` over ``guidance_actions`` of the latter in each state, which costs as many draws for an
-            action and no training: a run may be tested with either.
-        guidance_actions: Actions that ``monte_carlo`` draws in each state.
+        guidance: What guides: the energy ``network``, or an estimate of the exact energy of the same critics and
+            behaviour model, ``monte_carlo`` over ``guidance_actions`` of the latter, at the cost of as many draws for
+            each action. A run may be tested with either.
+        guidance_actions: Actions that ``monte_carlo`` draws in each state; many dimensions and small times need many.
         sampler: How support actions are drawn, and actions unless ``eval_sampler`` says otherwise.
         eval_sampler: What is different about drawing actions to act with; null as ``sampler``.
         behaviour: The behaviour model.
@@ -141,9 +141,10 @@ class EnergyLearner(SupportLearner):
         if not any(self.epochs.values()):
             raise ConfigError("all phases of the model have 0 epochs; give --model.energy_epochs, say")
         if guidance != "network" and not any(self.epochs[name] for name in self.energy_phases):
+            idle = " and ".join(f"model.{name}_epochs" for name in self.energy_phases)
             raise ConfigError(
-                f"model.guidance {guidance!r} needs no energy network, but begins where one would learn: with "
-                "model.energy_epochs 0 nothing would guide; give 1"
+                f"model.guidance {guidance!r} begins where the energy has learnt, and with {idle} 0 nothing would "
+                "guide; train with 1 or more"
             )
         self.behaviour_ckpt, self.beta = behaviour_ckpt, beta
         self.rescale_norm, self.guidance_t_max = rescale_norm, guidance_t_max
@@ -298,6 +299,10 @@ class EnergyLearner(SupportLearner):
         """The gradient of the energy in states ``(B, S)``, at times that will be asked for."""
         if self.guidance == "monte_carlo":
             return monte_carlo_guidance(self, obs, self.guidance_actions)
+        return self.network_guidance(obs, asked)
+
+    def network_guidance(self, obs: Tensor, asked: Sequence[float]) -> Gradient:
+        """The gradient of the energy network; arguments as ``guidance_of``."""
         gradient, unit = self.energy.gradient(obs, asked), self.guidance_unit
         if not self.energy_options.scaled_input:
             return gradient if unit == 1 else lambda x, t: unit * gradient(x, t)

@@ -50,27 +50,38 @@ def monte_carlo_guidance(method: EnergyLearner, obs: Tensor, actions: int) -> Gr
     They are drawn from the same noise in every state and at every call, so that an action of the policy depends on its
     own state and noise alone.
     """
-    noise = torch.randn(1, actions, method.spec.action_dim, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr]
-    noise = noise.to(obs)
-    drawn = [draw(method, part, noise.expand(len(part), -1, -1)) for part in obs.split(CHUNK)]
-    support = torch.cat(drawn)
-    q = method.q_of(obs)(support).to(support)
+    dim = method.spec.action_dim  # type: ignore[union-attr]
+    noise = normal(torch.Generator().manual_seed(1), obs, 1, actions, dim)
+    found = [judged(method, part, noise.expand(len(part), -1, -1)) for part in obs.split(CHUNK)]
+    support, q = (torch.cat(tensors) for tensors in zip(*found))
 
     @torch.no_grad()
     def gradient(x: Tensor, t: Tensor) -> Tensor:
-        return monte_carlo_energy(x, t.expand(len(x)), support, q, method.sde, method.beta)[1]
+        rows = x.flatten(0, -2)
+        of_row = torch.arange(len(obs), device=obs.device).repeat_interleave(len(rows) // len(obs))
+        every = t.expand(len(rows))
+        _, found = monte_carlo_energy(rows, every, support[of_row], q[of_row], method.sde, method.beta)
+        return found.view_as(x)
 
     return gradient
 
 
-def draw(method: EnergyLearner, obs: Tensor, noise: Tensor) -> Tensor:
-    """Actions ``(B, M, A)`` of the behaviour model in states ``(B, S)``, from noise like them."""
-    return method.draw_actions(obs, noise, method.sampler, (0.0, False)).clamp(-1, 1)
+def normal(generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
+    """Standard normal, with device and type of ``like``; the same on any device and under any default precision."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32).to(like)
+
+
+def judged(method: EnergyLearner, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions ``(B, M, A)`` of the behaviour model in states ``(B, S)``, from noise like them, and their Q."""
+    support = method.draw_actions(obs, noise, method.sampler, (0.0, False)).clamp(-1, 1)
+    return support, method.q_of(obs)(support)
 
 
 @torch.no_grad()
 def check_guidance(method: EnergyLearner, obs: Tensor, times: list[float], actions: int) -> list[GuidanceCheck]:
     """Compare on actions that the behaviour model draws and noise that is added to them.
+
+    What is compared is what guides, or the energy network where that is Monte Carlo itself.
 
     Args:
         method: A policy whose energy has learnt.
@@ -81,21 +92,18 @@ def check_guidance(method: EnergyLearner, obs: Tensor, times: list[float], actio
     Returns:
         One for each time.
     """
-    generator = torch.Generator().manual_seed(0)  # on the CPU: the same on any device
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(obs)
-
+    generator, dim = torch.Generator().manual_seed(0), method.spec.action_dim  # type: ignore[union-attr]
+    learnt_guidance = method.network_guidance if method.guidance == "monte_carlo" else method.guidance_of
     found = []
     for part in obs.split(CHUNK):
-        n, dim = len(part), method.spec.action_dim  # type: ignore[union-attr]
-        drawn = draw(method, part, normal(n, actions + 1, dim))
-        action, support = drawn[:, 0], drawn[:, 1:]
-        q, gradient = method.q_of(part)(support), method.guidance_of(part, times)
+        n = len(part)
+        drawn, q = judged(method, part, normal(generator, part, n, actions + 1, dim))
+        action, support, q = drawn[:, 0], drawn[:, 1:], q[:, 1:]
+        gradient = learnt_guidance(part, times)
         for time in times:
             t = part.new_tensor([time])
             every = t.expand(n)
-            a_t = method.sde.q_sample(action, every, normal(n, dim))
+            a_t = method.sde.q_sample(action, every, normal(generator, part, n, dim))
             sigma = method.sde.sigma(t)
             exact = sigma * monte_carlo_energy(a_t, every, support, q, method.sde, method.beta)[1]
             learnt = sigma * gradient(a_t, t)

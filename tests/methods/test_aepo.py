@@ -387,7 +387,7 @@ def test_joint_training_moves_all_networks_in_every_update() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"guidance": "closed_form", "energy_epochs": 0}, "nothing would guide; give 1"),
+        ({"guidance": "closed_form", "energy_epochs": 0}, "nothing would guide; train with 1"),
         (
             {"posterior": {"mean": "sample"}, "target": {"a_bar": "posterior_mean"}},
             "would be it, too; use a_bar 'data'",

@@ -400,8 +400,10 @@ def test_one_command_lends_the_behaviour_model_and_one_compares_degrees(
     assert [(point["guidance scale"], point["curve"]) for point in points] == [
         (0, "not rescaled"), (0.5, "not rescaled"), (0, "rescaled"), (0.5, "rescaled")
     ]  # fmt: skip
-    for guidance in ("closed_form", "monte_carlo"):
+    for number, guidance in ((2, "closed_form"), (3, "monte_carlo")):
         assert main(["test", "--ckpt_path", str(last), *played, "--model.guidance", guidance]) == 0
+        played_so = json.loads(results.with_name(f"last-test-{number}.json").read_text())
+        assert played_so["options"]["guidance"] == guidance
 
 
 # ---------------------------------------------------------------- what is refused

@@ -74,6 +74,8 @@ def test_monte_carlo_guides_as_the_exact_energy(kind: type[Any], monkeypatch: py
         found = guidance(x, t)
         torch.testing.assert_close(found, gradient(time, obs), rtol=0.1, atol=0)
         torch.testing.assert_close(again(x[3:4], t), found[3:4])
+    several = guidance(x[:, None].expand(-1, 3, -1), t)
+    torch.testing.assert_close(several, found[:, None].expand(-1, 3, -1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -100,6 +102,25 @@ def test_its_q_is_that_of_the_target_critics(kind: type[Any]) -> None:
     found = method.q_of(obs)(action)
     torch.testing.assert_close(found, method.least_q(obs, action, target=True))
     assert not torch.allclose(found, method.least_q(obs, action))
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_monte_carlo_acts_alike_under_any_default_precision_and_leaves_the_network_to_the_check(
+    kind: type[Any],
+) -> None:
+    method, obs, noise = fit(small(kind, guidance_actions=32)), torch.zeros(5, 2), torch.linspace(-1, 1, 5)[:, None]
+    by_network, found = check_guidance(method, obs, TIMES, 32), []
+    method.guidance = "monte_carlo"
+    assert check_guidance(method, obs, TIMES, 32) == by_network
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found.append(method.draw_actions(obs, noise, method.sampler, (1.0, False)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    assert not torch.equal(found[0], method.draw_actions(obs, noise, method.sampler, (0.0, False)))
 
 
 @pytest.mark.parametrize("kind", LEARNERS)
