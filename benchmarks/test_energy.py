@@ -94,6 +94,7 @@ DECISIONS = [
     ("QGPO, 15 calls", QGPO, {}, 1, 27),
     ("QGPO without guidance, 15 calls", QGPO, {"guidance_scale": 0.0}, 1, ""),
     ("AEPO, 15 calls, rescaled", AEPO, {"rescale": True}, 1, ""),
+    ("QGPO by Monte Carlo, 256 actions, 15 calls", QGPO, {"guidance": "monte_carlo"}, 1, ""),
     ("QGPO, 15 calls, 50 environments", QGPO, {}, 50, 48),
     ("QGPO without guidance, 15 calls, 50 environments", QGPO, {"guidance_scale": 0.0}, 50, ""),
     ("AEPO, 15 calls, rescaled, 50 environments", AEPO, {"rescale": True}, 50, ""),
