@@ -19,7 +19,7 @@ from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.losses import td_loss, td_target
 from lit_diffrl.methods.offline_learner import OfflineLearner
 from lit_diffrl.methods.policy_options import ActorOptions, CriticOptions
-from lit_diffrl.nets.actors import SquashedGaussianActor, squash
+from lit_diffrl.nets.actors import SquashedGaussianActor, squash, squashed_log_prob
 
 CQL_CRITIC = CriticOptions(activation="relu", orthogonal=True)
 CQL_ACTOR = ActorOptions(layers=3)
@@ -53,7 +53,8 @@ class CQL(OfflineLearner):
     1. Critics' target: ``r + gamma (1 - d) min_i Q'_i(s', a')``, a' drawn from the policy; with
        ``critic.backup_candidates`` above 1 the best of that many for each critic. No entropy in it.
     2. Policy: ``mean(temperature log pi(a | s) - min_i Q_i(s, a))``, and the temperature, which holds the policy's
-       entropy at ``target_entropy``.
+       entropy at ``target_entropy``. In the first ``clone_updates`` the data's action is learned in place of the
+       critics' slope: ``mean(temperature log pi(a | s) - log pi(a_data | s))``.
     3. Critics: squared error, and the conservative term. The sum over actions is estimated at ``n_actions`` uniform
        ones, as many of the policy at s, and as many of it at s', all judged at s and weighed by their densities.
        With ``target_gap`` a multiplier holds the term there (Lagrange; Eq. 30).
@@ -82,6 +83,8 @@ class CQL(OfflineLearner):
         target_entropy: What the policy's entropy is held at; null for minus the number of action entries.
         entropy_log_low: Least logarithm of the entropy's temperature; null for none.
         entropy_log_high: Its greatest; null for none.
+        clone_updates: First updates, in which the policy clones the data while the critics learn (the authors' and
+            CORL's warm-up, off by default there; CORL's weighs the policy's own action in place of the data's).
         policy_first: Draw the actions of the critics' losses from the policy after its step, not before.
         actor: The policy's network.
         critic: The critics and their targets.
@@ -100,6 +103,7 @@ class CQL(OfflineLearner):
         target_entropy: float | None = None,
         entropy_log_low: float | None = None,
         entropy_log_high: float | None = None,
+        clone_updates: int = 0,
         policy_first: bool = False,
         actor: ActorOptions = CQL_ACTOR,
         critic: CriticOptions = CQL_CRITIC,
@@ -109,6 +113,7 @@ class CQL(OfflineLearner):
         check_range("model.policy_epochs", policy_epochs, 1)
         check_range("model.alpha", alpha, 0, high_open=True)
         check_range("model.n_actions", n_actions, 1)
+        check_range("model.clone_updates", clone_updates, 0)
         check_range("model.temperature", temperature, 0, low_open=True, high_open=True)
         check_range("model.lr", lr, 0, low_open=True, high_open=True)
         free = {"target_gap": target_gap, "diff_clip": diff_clip, "target_entropy": target_entropy}
@@ -121,6 +126,7 @@ class CQL(OfflineLearner):
         self.policy_epochs, self.alpha, self.target_gap, self.lr = policy_epochs, alpha, target_gap, lr
         self.n_actions, self.temperature, self.importance_sampling = n_actions, temperature, importance_sampling
         self.diff_clip, self.target_entropy, self.policy_first = diff_clip, target_entropy, policy_first
+        self.clone_updates = clone_updates
         self.entropy_log = entropy_log_low, entropy_log_high
         self.actor_options = as_options(CQL_ACTOR, actor)
         self.critic_options = as_options(CQL_CRITIC, critic)
@@ -200,7 +206,11 @@ class CQL(OfflineLearner):
         lessons = None if self.policy_first else self.lessons(batch, policy, for_critics)
         action, log_prob = squash(*policy, for_policy[:, 0])
         temperature = self.entropy_temperature().detach()
-        actor_loss = (temperature * log_prob - self.critic(batch.obs, action, members=slice(None)).amin(dim=0)).mean()
+        if self.clone_updates and int(self.updates) < self.clone_updates:
+            merit = squashed_log_prob(batch.action, *policy)
+        else:
+            merit = self.critic(batch.obs, action, members=slice(None)).amin(dim=0)
+        actor_loss = (temperature * log_prob - merit).mean()
         temperature_loss = -self.entropy_temperature.log * (log_prob.detach().mean() + self.entropy)
         actor_norm = self.descend(actor_optimizer, actor_loss + temperature_loss, "actor", batch)
         self.entropy_temperature.keep()

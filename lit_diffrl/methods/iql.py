@@ -40,8 +40,9 @@ class IQL(OfflineLearner):
     ``policy: deterministic`` (CORL on hopper-medium and -medium-replay) it is ``tanh(f(s))``, and the sum of squared
     errors over the action's entries stands for ``-log pi``.
 
-    Departures from the authors' code: layers begin as torch's do, not with orthogonal weights (``critic.orthogonal``
-    for critics and value); each process draws dropout's masks for itself.
+    Departures from the authors' code: layers begin as torch's do, not with orthogonal weights of gain sqrt(2)
+    (``critic.orthogonal``, for critics and value, is CQL's: 0.01 in the last layer); each process draws dropout's
+    masks for itself.
 
     Logged: ``loss/value``, ``loss/actor`` (minus a log-density: falls, also below 0), ``loss/critic``, ``weight``
     (mean, 1 to 3 in the course of training), ``weight_bound`` (share at the bound; near 1 means that rewards or

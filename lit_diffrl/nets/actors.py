@@ -144,7 +144,19 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
     if noise.dim() == 3:
         mean, log_std = mean[:, None], log_std[:, None]
     u = mean + log_std.exp() * noise
-    # log(1 - tanh(u)^2) without the difference, which is 0 in float32 from |u| = 9 on
-    log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
-    log_prob = -(0.5 * noise.square() + log_std + log_slope).sum(-1) - 0.5 * u.shape[-1] * LOG_2PI
+    log_prob = -(0.5 * noise.square() + log_std + _log_slope(u)).sum(-1) - 0.5 * u.shape[-1] * LOG_2PI
     return u.tanh(), log_prob
+
+
+def squashed_log_prob(action: Tensor, mean: Tensor, log_std: Tensor, edge: float = 1e-6) -> Tensor:
+    """Log-density ``(B,)`` of given actions ``(B, A)`` under squashed Gaussians.
+
+    Actions nearer to -1 or 1 than ``edge``, where the density has no value, count as if they were that near (|u| = 7.3).
+    """
+    u = action.clamp(-1 + edge, 1 - edge).atanh()
+    return gaussian_log_prob(u, mean, log_std) - _log_slope(u).sum(-1)
+
+
+def _log_slope(u: Tensor) -> Tensor:
+    """``log(1 - tanh(u)^2)`` without the difference, which is 0 in float32 from a distance of 9 on."""
+    return 2 * (math.log(2) - u - F.softplus(-2 * u))

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_learners import ACTION, at_each_step, bandit, batch, built, fit, small
+from small_learners import ACTION, at_each_step, bandit, batch, built, fit, same, small, weights
 from torch import Tensor, nn
 
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import CQL
+from lit_diffrl.nets.actors import squash
 
 N = 10
 
@@ -136,6 +137,44 @@ def test_the_losses_of_an_update_and_their_order() -> None:
         expected = (0.5 * log_prob.sum(-1) - old.critic(obs, action).amin(0)).mean()
     of_temperature = -math.log(0.5) * (float(log_prob.sum(-1).mean()) - ACTION)
     assert losses["actor"] == pytest.approx(float(expected) + of_temperature, rel=1e-4)
+
+
+def test_the_policy_clones_the_data_first_and_climbs_the_critics_afterwards(monkeypatch: Any) -> None:
+    """Warm-up: in place of the least Q of its own actions the log-density of the data's; the critics learn all along."""
+    method, data, losses = built(CQL, clone_updates=1), batch(), []
+    with torch.no_grad():
+        mean, log_std = method.actor(data.obs)
+        density = torch.distributions.Normal(mean, log_std.exp()).log_prob(data.action.atanh())
+        cloned = (density - torch.log1p(-data.action.square())).sum(-1).mean()
+    watched = method.critic = Watched(method.critic)
+    drawn: list[Tensor] = []
+
+    def watched_squash(*args: Tensor) -> tuple[Tensor, Tensor]:
+        found = squash(*args)
+        drawn.append(found[1])
+        return found
+
+    at_each_step(method, lambda name, loss: losses.append((name, float(loss))))
+    before = weights(watched)
+    monkeypatch.setattr("lit_diffrl.methods.cql.squash", watched_squash)
+    method.training_step(data, 0)
+    (own,) = (x for x in drawn if x.dim() == 1 and x.requires_grad)
+    # the temperature is 1, so that its own loss, a logarithm times a number, is 0
+    assert losses[0] == ("actor", pytest.approx(float((own.mean() - cloned).detach()), rel=1e-4))
+    assert not [a for _, a in watched.asked if a.dim() == 2], "no critic is climbed"
+    assert losses[1][0] == "critic" and not same(weights(watched), before)
+    method.training_step(data, 0)
+    assert len([a for _, a in watched.asked if a.dim() == 2]) == 1
+
+
+def test_cloning_finds_actions_that_are_worth_nothing() -> None:
+    """In a bandit whose right action earns everything: cloned halves of the data average, climbed critics do not."""
+    found = []
+    for clone in (300, 0):
+        torch.manual_seed(0)
+        method: Any = fit(CQL(**small(CQL, alpha=0.1, lr=3e-3, clone_updates=clone, critic={"lr": 3e-3})), 300, bandit())
+        found.append(float(method.decide(torch.zeros(1, 2), [0])))
+    assert abs(found[0]) < 0.2 and found[1] > 0.3, found
 
 
 @pytest.mark.parametrize("alpha", [0.0, 3.0])

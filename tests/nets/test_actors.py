@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import distributions as D
 
-from lit_diffrl.nets.actors import DeterministicActor, GaussianActor, SquashedGaussianActor, gaussian_log_prob, squash
+from lit_diffrl.nets.actors import (
+    DeterministicActor,
+    GaussianActor,
+    SquashedGaussianActor,
+    gaussian_log_prob,
+    squash,
+    squashed_log_prob,
+)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -102,3 +111,23 @@ def test_outputs_are_float32_where_networks_are_bfloat16() -> None:
         obs = torch.randn(4, 3)
         outs = [DeterministicActor(3, 2)(obs), *GaussianActor(3, 2)(obs), *SquashedGaussianActor(3, 2)(obs)]
     assert {out.dtype for out in outs} == {torch.float32}
+
+
+def test_densities_of_given_actions_are_those_of_the_draws() -> None:
+    torch.manual_seed(0)
+    mean, log_std, noise = torch.randn(3, 50, 4, dtype=torch.float64)
+    action, log_prob = squash(mean, log_std - 1, noise)
+    torch.testing.assert_close(squashed_log_prob(action, mean, log_std - 1, edge=1e-15), log_prob)
+
+
+def test_actions_at_the_edge_have_a_finite_density_and_slope() -> None:
+    mean, log_std = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True), torch.zeros(1, 2, dtype=torch.float64)
+    log_prob = squashed_log_prob(torch.tensor([[1.0, -1.0]], dtype=torch.float64), mean, log_std)
+    # as if 1e-6 from the edge: u = atanh(1 - 1e-6), and a slope of tanh of 1 - (1 - 1e-6)^2
+    u = math.atanh(1 - 1e-6)
+    one = -(u**2) / 2 - math.log(2 * math.pi) / 2 - math.log(1 - (1 - 1e-6) ** 2)
+    assert float(log_prob) == pytest.approx(2 * one, rel=1e-9)
+    log_prob.sum().backward()
+    assert mean.grad is not None and mean.grad.flatten().tolist() == pytest.approx([u, -u])
+    single = squashed_log_prob(torch.tensor([[1.0, -1.0]]), torch.zeros(1, 2), torch.zeros(1, 2))
+    assert float(single) == pytest.approx(2 * one, rel=0.02)
