@@ -151,7 +151,7 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
 def squashed_log_prob(action: Tensor, mean: Tensor, log_std: Tensor, edge: float = 1e-6) -> Tensor:
     """Log-density ``(B,)`` of given actions ``(B, A)`` under squashed Gaussians.
 
-    Actions nearer to -1 or 1 than ``edge``, where the density has no value, count as if they were that near (|u| = 7.3).
+    Actions nearer to -1 or 1 than ``edge``, where the density has no value, count as if they were that near (u = 7.3).
     """
     u = action.clamp(-1 + edge, 1 - edge).atanh()
     return gaussian_log_prob(u, mean, log_std) - _log_slope(u).sum(-1)

@@ -140,7 +140,7 @@ def test_the_losses_of_an_update_and_their_order() -> None:
 
 
 def test_the_policy_clones_the_data_first_and_climbs_the_critics_afterwards(monkeypatch: Any) -> None:
-    """Warm-up: in place of the least Q of its own actions the log-density of the data's; the critics learn all along."""
+    """Warm-up: the log-density of the data's actions in place of the least Q of its own; the critics learn all along."""
     method, data, losses = built(CQL, clone_updates=1), batch(), []
     with torch.no_grad():
         mean, log_std = method.actor(data.obs)
@@ -172,7 +172,8 @@ def test_cloning_finds_actions_that_are_worth_nothing() -> None:
     found = []
     for clone in (300, 0):
         torch.manual_seed(0)
-        method: Any = fit(CQL(**small(CQL, alpha=0.1, lr=3e-3, clone_updates=clone, critic={"lr": 3e-3})), 300, bandit())
+        options = small(CQL, alpha=0.1, lr=3e-3, clone_updates=clone, critic={"lr": 3e-3})
+        method: Any = fit(CQL(**options), 300, bandit())
         found.append(float(method.decide(torch.zeros(1, 2), [0])))
     assert abs(found[0]) < 0.2 and found[1] > 0.3, found
 
