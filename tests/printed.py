@@ -9,8 +9,9 @@ import pytest
 
 def digits(number: str) -> Any:
     """What rounds to a printed number: half a unit of its last digit, and next to nothing for ties."""
-    decimals = len(number.partition(".")[2])
-    return pytest.approx(float(number), rel=0, abs=0.5001 * 10.0**-decimals)
+    mantissa, _, exponent = number.partition("e")
+    unit = int(exponent or 0) - len(mantissa.partition(".")[2])
+    return pytest.approx(float(number), rel=0, abs=0.5001 * 10.0**unit)
 
 
 def printed(line: str) -> list[Any]:

@@ -140,7 +140,7 @@ def test_the_losses_of_an_update_and_their_order() -> None:
 
 
 def test_the_policy_clones_the_data_first_and_climbs_the_critics_afterwards(monkeypatch: Any) -> None:
-    """Warm-up: the log-density of the data's actions in place of the least Q of its own; the critics learn all along."""
+    """Warm-up: the log-density of the data's actions in place of the least Q of its own; the critics learn as ever."""
     method, data, losses = built(CQL, clone_updates=1), batch(), []
     with torch.no_grad():
         mean, log_std = method.actor(data.obs)
