@@ -5,6 +5,7 @@ What an update computes is read off the losses it descends, at networks whose ev
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from short_runs import ROOT, UPDATES, Config, curves
 from small_learners import ACTION, OBS, at_each_step, batch, same, transitions, weights
 from torch import Tensor, nn
 
+from lit_diffrl.__main__ import main
 from lit_diffrl.diffusion.schedules import Schedule
 from lit_diffrl.errors import ConfigError
 from lit_diffrl.methods import EDPCRR, EDPIQL, EDPTD3, DiffusionQL
@@ -450,3 +452,40 @@ def test_an_evaluation_logs_how_undecided_the_choice_among_candidates_was(
         assert len(found) == 2 and all(low <= value <= high for _, value in found)
     config.fit("alone", "--model.selection.candidates=1", "--rollout.every_n_epochs=1")
     assert curves("alone", ("eval/indecision",)) == {}
+
+
+# ---------------------------------------------------------------- controlled sampling of a trained policy
+
+
+def test_the_command_line_decides_how_a_trained_policy_is_sampled(
+    mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Candidates, solver, steps, policy scaling, initial noise: by ``test`` alone, and each is another way to act."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(mazes))
+    monkeypatch.chdir(tmp_path)
+    Config(ROOT / "conf/edp_td3.yaml").fit("run", "--model.n_diffusion_steps=10", "--model.schedule=vp")
+    (last,) = Path("tb_logs").glob("*/*/run/checkpoints/last.ckpt")
+
+    def played(*options: str) -> tuple[dict[str, Any], list[float]]:
+        before = set(last.parents[1].glob("results/*.json"))
+        given = (f"--model.{option}" for option in options)
+        assert main(["test", "--ckpt_path", str(last), "--rollout.max_steps=10", *given]) == 0
+        (path,) = set(last.parents[1].glob("results/*.json")) - before
+        found = json.loads(path.read_text())
+        return found["options"], [episode["return"] for episode in found["episodes"]]
+
+    usual, returns = played()
+    ways = {
+        "selection.candidates=1": ("selection", "candidates", 1),
+        "eval_sampler.steps=5": ("eval_sampler", "steps", 5),
+        "eval_sampler.name=ddim": ("eval_sampler", "name", "ddim"),
+        "eval_sampler.eps_scale=1.5": ("eval_sampler", "eps_scale", 1.5),
+        "eval_sampler.noise_scale=0.3": ("eval_sampler", "noise_scale", 0.3),
+    }
+    seen = [returns]
+    for option, (group, name, value) in ways.items():
+        options, found = played(option)
+        assert options[group][name] == value and options["sampler"] == usual["sampler"]
+        assert found not in seen, f"{option} changes nothing"
+        seen.append(found)
+    assert played()[1] == returns, "the checkpoint is what it was"
