@@ -243,6 +243,14 @@ def test_the_short_file_of_edp_serves_its_other_learners(name: str) -> None:
     assert (options["n_diffusion_steps"], options["objective"]) == (5, "elbo")
 
 
+@pytest.mark.parametrize("task", ["hopper-medium-v2", "antmaze-umaze-v0"])
+def test_a_file_of_a_task_of_edps_code_trains_by_the_command_it_shows(task: str) -> None:
+    path = CONF / f"edp_code/{task}.yaml"
+    limit = yaml.safe_load(path.read_text())["model"]["init_args"]["grad_clip"]
+    options = fit(shown(path))["hyper_parameters"]
+    assert options["grad_clip"] == options["critic"]["grad_clip"] == limit
+
+
 @pytest.mark.parametrize("path", [p for p in OVERLAYS if "-multi" not in p.name], ids=name)
 def test_a_data_file_names_a_dataset_and_no_more_so_that_it_fits_every_method(path: Path) -> None:
     content = yaml.safe_load(path.read_text())

@@ -137,6 +137,29 @@ def test_the_code_of_edp_has_its_own_settings(learner: str) -> None:
 
 
 @pytest.mark.parametrize("learner", EDP_REWARDS)
+@pytest.mark.parametrize("task", DQL)
+def test_the_code_of_edp_reads_the_norm_limit_of_a_task_from_diffusion_qls_table(learner: str, task: str) -> None:
+    content = OmegaConf.merge(
+        OmegaConf.load(PAPER / learner / "code.yaml"), OmegaConf.load(PAPER.parent / f"edp_code/{task}.yaml")
+    )
+    method, data = (
+        METHODS[content.model.class_path.rpartition(".")[2]](**content.model.init_args),
+        content.data.init_args,
+    )
+    limit = DQL[task][5]
+    assert (method.grad_clip, method.critic_options.grad_clip) == (limit, limit)
+    assert (method.lr, method.guide_weight, method.policy_epochs) == (3e-4, 1.0, 2000), "as without the task"
+    assert data.dataset == settings(f"dql/{task}.yaml")[1]["dataset"]
+    domain = {"v2": "locomotion", "v1": "adroit"}.get(task[-2:], task.partition("-")[0])
+    if (learner, domain) != ("edp_iql", "antmaze"):  # there by the option that the file names
+        assert data.reward == EDP_REWARDS[learner][domain]
+
+
+def test_every_task_of_diffusion_ql_has_a_norm_limit_for_edp() -> None:
+    assert {path.stem for path in (PAPER.parent / "edp_code").glob("*.yaml")} == set(DQL)
+
+
+@pytest.mark.parametrize("learner", EDP_REWARDS)
 def test_the_sampler_of_a_file_of_edp_is_exchanged_by_its_name(learner: str) -> None:
     """The ablation ``--model.sampler.name ddpm`` takes every step: no number of steps of the solver's stays behind."""
     for path in (*PAPER.glob(f"{learner}/*.yaml"), PAPER.parent / f"{learner}.yaml"):
