@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,18 @@ keep_freed_memory()  # as the command line does
 YARDSTICK_ROUNDS = 10
 IN_A_ROW = 10  # one alone may meet a moment of a higher clock, too short for any update
 U = pytest.StashKey[float]()
-ROWS = pytest.StashKey[list[tuple[str, float, str]]]()
+ROWS = pytest.StashKey[list[tuple[str, float, int, str]]]()
+PROFILED = 20
+PROFILES = pytest.StashKey[list[tuple[str, float, list[tuple[float, int, str]]]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--profile", action="store_true", help="also the operators that updates and decisions consist of")
     parser.addoption("--bf16", action="store_true", help="networks in bfloat16, as under bf16-mixed; u stays float32")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[U], config.stash[ROWS] = float("inf"), []
+    config.stash[U], config.stash[ROWS], config.stash[PROFILES] = float("inf"), [], []
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +63,27 @@ def timer(request: pytest.FixtureRequest) -> Callable[[], float]:
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
     """Add a row that was measured by other means: label and seconds."""
-    return lambda label, seconds: request.config.stash[ROWS].append((label, seconds, ""))
+    return lambda label, seconds: request.config.stash[ROWS].append((label, seconds, 1, ""))
+
+
+@pytest.fixture
+def profiled(request: pytest.FixtureRequest) -> Callable[[str, Callable[[], Any]], None]:
+    """With ``--profile``: call a function 20 times under torch's profiler and note what its operators take."""
+
+    def profile(label: str, function: Callable[[], Any]) -> None:
+        if not request.config.getoption("profile"):
+            return
+        start = perf_counter()
+        for _ in range(PROFILED):
+            function()
+        whole = perf_counter() - start
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            for _ in range(PROFILED):
+                function()
+        operators = [(e.self_cpu_time_total * 1e-6, e.count, e.key) for e in found.key_averages()]
+        request.config.stash[PROFILES].append((label, whole, sorted(operators, reverse=True)))
+
+    return profile
 
 
 @pytest.fixture
@@ -133,20 +157,28 @@ def row(
     measure()
     if benchmark.stats is not None:  # None under --benchmark-disable
         label = benchmark.extra_info.get("label", request.node.name)
-        stash[ROWS].append((label, benchmark.stats.stats.min, str(benchmark.extra_info.get("published", ""))))
+        count = benchmark.extra_info.get("count", 1)  # such as the environments that a call decides for
+        stash[ROWS].append((label, benchmark.stats.stats.min, count, str(benchmark.extra_info.get("published", ""))))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows, u = config.stash[ROWS], config.stash[U]
     if not rows:
         return
-    width = max(len(label) for label, _, _ in rows)
+    width = max(len(label) for label, *_ in rows)
     write = terminalreporter.write_line
     write(
         f"u = {1000 * u:.3f} ms; torch {torch.__version__}, Python {platform.python_version()}, 1 thread, "
         f"{'bfloat16' if config.getoption('bf16') else 'float32'}; least times"
     )
-    write(f"| {'':{width}} | {'ms':>8} | {'u':>7} | published, u |")
-    write(f"|{'-' * (width + 2)}|{'-' * 9}:|{'-' * 8}:|{'-' * 13}:|")
-    for label, seconds, published in rows:
-        write(f"| {label:{width}} | {1000 * seconds:8.2f} | {seconds / u:7.2f} | {published:>12} |")
+    write(f"| {'':{width}} | {'ms':>8} | {'u':>7} | {'a second':>8} | published, u |")
+    write(f"|{'-' * (width + 2)}|{'-' * 9}:|{'-' * 8}:|{'-' * 9}:|{'-' * 13}:|")
+    for label, seconds, count, published in rows:
+        rate = f"{count / seconds:8.1f} | {published:>12}"
+        write(f"| {label:{width}} | {1000 * seconds:8.2f} | {seconds / u:7.2f} | {rate} |")
+    for label, whole, operators in config.stash[PROFILES]:
+        inside, calls = sum(seconds for seconds, *_ in operators), sum(count for _, count, _ in operators) // PROFILED
+        write(f"{label}: {1000 * whole / PROFILED:.2f} ms; {1000 * inside / PROFILED:.2f} ms in {calls} operators:")
+        for seconds, count, name in operators[:10]:
+            share, each = 100 * seconds / inside, 1000 * seconds / PROFILED
+            write(f"  {share:5.1f} %  {each:8.3f} ms  {count / PROFILED:6.0f} x {name}")

@@ -105,7 +105,7 @@ DECISIONS = [
 def test_decision(
     benchmark: Any, hopper: TransitionData, label: str, kind: Any, options: Any, envs: int, published: Any
 ) -> None:
-    benchmark.extra_info.update(label=f"{label}: decision", published=published)
+    benchmark.extra_info.update(label=f"{label}: decision", published=published, count=envs)
     agent = built(hopper, kind, **options)
     agent.reset(seeds=list(range(envs)))
     benchmark(agent.act, np.zeros((envs, HOPPER_OBS), dtype=np.float32))

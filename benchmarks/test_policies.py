@@ -62,13 +62,15 @@ def test_draw_transitions(benchmark: Any, hopper: TransitionData) -> None:
 
 @pytest.mark.usefixtures("unlogged")
 @pytest.mark.parametrize("label", UPDATES)
-def test_update(benchmark: Any, hopper: TransitionData, label: str) -> None:
+def test_update(benchmark: Any, hopper: TransitionData, label: str, profiled: Any) -> None:
     kind, options, published = UPDATES[label]
     benchmark.extra_info.update(label=f"{label}: update", published=published)
 
     class Timed(kind):  # type: ignore[valid-type, misc]
         def training_step(self, batch: Any, batch_idx: int) -> None:
-            benchmark(partial(super().training_step, batch, batch_idx))
+            step = partial(super().training_step, batch, batch_idx)
+            benchmark(step)
+            profiled(f"{label}: update", step)
 
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, num_sanity_val_steps=0, enable_checkpointing=False,
@@ -99,9 +101,18 @@ DECISIONS = [
 
 @pytest.mark.parametrize(("label", "kind", "options", "envs", "published"), DECISIONS, ids=[d[0] for d in DECISIONS])
 def test_decision(
-    benchmark: Any, hopper: TransitionData, label: str, kind: Any, options: Any, envs: int, published: Any
+    benchmark: Any,
+    hopper: TransitionData,
+    label: str,
+    kind: Any,
+    options: Any,
+    envs: int,
+    published: Any,
+    profiled: Any,
 ) -> None:
-    benchmark.extra_info.update(label=f"{label}: decision", published=published)
+    benchmark.extra_info.update(label=f"{label}: decision", published=published, count=envs)
     agent = built(hopper, kind, **options)
     agent.reset(seeds=list(range(envs)))
-    benchmark(agent.act, np.zeros((envs, HOPPER_OBS), dtype=np.float32))
+    act = partial(agent.act, np.zeros((envs, HOPPER_OBS), dtype=np.float32))
+    benchmark(act)
+    profiled(f"{label}: decision", act)
