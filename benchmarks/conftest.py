@@ -68,7 +68,10 @@ def note(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
 
 @pytest.fixture
 def profiled(request: pytest.FixtureRequest) -> Callable[[str, Callable[[], Any]], None]:
-    """With ``--profile``: call a function 20 times under torch's profiler and note what its operators take."""
+    """With ``--profile``: call a function 20 times under torch's profiler and note what its operators take.
+
+    Operators count each of their kind that calls another, and autograd's nodes.
+    """
 
     def profile(label: str, function: Callable[[], Any]) -> None:
         if not request.config.getoption("profile"):
@@ -163,7 +166,7 @@ def row(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows, u = config.stash[ROWS], config.stash[U]
-    if not rows:
+    if not rows:  # as under --benchmark-disable
         return
     width = max(len(label) for label, *_ in rows)
     write = terminalreporter.write_line
@@ -174,7 +177,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     write(f"| {'':{width}} | {'ms':>8} | {'u':>7} | {'a second':>8} | published, u |")
     write(f"|{'-' * (width + 2)}|{'-' * 9}:|{'-' * 8}:|{'-' * 9}:|{'-' * 13}:|")
     for label, seconds, count, published in rows:
-        rate = f"{count / seconds:8.1f} | {published:>12}"
+        rate = f"{count / seconds:8.4g} | {published:>12}"
         write(f"| {label:{width}} | {1000 * seconds:8.2f} | {seconds / u:7.2f} | {rate} |")
     for label, whole, operators in config.stash[PROFILES]:
         inside, calls = sum(seconds for seconds, *_ in operators), sum(count for _, count, _ in operators) // PROFILED

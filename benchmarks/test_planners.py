@@ -198,4 +198,5 @@ def test_maze_plan(benchmark: Any, umaze: WindowData, starts: int, steps: int) -
     plans = len(planner.horizons) * planner.plan_options.candidates
     where = f"{starts} starts" if starts > 1 else "1 start"
     benchmark.extra_info["label"] = f"DMEMM maze plan, conf/dmemm.yaml: {where}, {plans} plans each, {steps} steps"
+    benchmark.extra_info["count"] = starts
     benchmark(planner.plan, np.zeros((starts, 4), dtype=np.float32))

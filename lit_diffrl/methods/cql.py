@@ -53,7 +53,7 @@ class CQL(OfflineLearner):
     1. Critics' target: ``r + gamma (1 - d) min_i Q'_i(s', a')``, a' drawn from the policy; with
        ``critic.backup_candidates`` above 1 the best of that many for each critic. No entropy in it.
     2. Policy: ``mean(temperature log pi(a | s) - min_i Q_i(s, a))``, and the temperature, which holds the policy's
-       entropy at ``target_entropy``. In the first ``clone_updates`` the data's action is learned in place of the
+       entropy at ``target_entropy``. In the first ``clone_epochs`` the data's action is learned in place of the
        critics' slope: ``mean(temperature log pi(a | s) - log pi(a_data | s))``.
     3. Critics: squared error, and the conservative term. The sum over actions is estimated at ``n_actions`` uniform
        ones, as many of the policy at s, and as many of it at s', all judged at s and weighed by their densities.
@@ -63,14 +63,17 @@ class CQL(OfflineLearner):
     The learner inside DyDiff's code has ``policy_first``, ``entropy_log_low`` -10, ``entropy_log_high`` 0.5, networks
     of two layers and torch's initial weights.
 
-    Departures from CORL: the logarithm of the standard deviation is the output less 1, without learned scale and
-    offset; the max-target backup takes each critic's best action before the least critic, as the authors do.
+    Departures from the authors' scripts: no cloning first, where they clone for 40,000 updates (``clone_epochs`` 40).
+    From CORL, which clones for none by default: the logarithm of the standard deviation is the output less 1, without
+    learned scale and offset; the max-target backup takes each critic's best action before the least critic, as the
+    authors do; cloning raises the density of the data's action, CORL's that of one of the policy's own.
 
-    Logged: ``loss/critic`` (the squared errors), ``loss/conservative``, ``loss/actor``, ``q/mean`` (at the data's
-    actions), ``q/uniform`` and ``q/policy`` (at others, at s: below ``q/mean``, or ``alpha`` is too small),
-    ``q/target``, ``entropy`` (ends near ``target_entropy``), ``temperature``, ``multiplier`` (with ``target_gap``;
-    one that grows without end asks for a larger gap), ``grad_norm/critic``, ``grad_norm/actor``. A ``q/mean`` that
-    falls on and on means that ``alpha`` is too large for the rewards' scale.
+    Logged: ``loss/critic`` (the squared errors), ``loss/conservative``, ``loss/actor`` (jumps where cloning ends: minus
+    a log-density becomes minus a value), ``q/mean`` (at the data's actions), ``q/uniform`` and ``q/policy`` (at others,
+    at s: below ``q/mean``, or ``alpha`` is too small), ``q/target``, ``entropy`` (ends near ``target_entropy``),
+    ``temperature``, ``multiplier`` (with ``target_gap``; one that grows without end asks for a larger gap),
+    ``grad_norm/critic``, ``grad_norm/actor``. A ``q/mean`` that falls on and on means that ``alpha`` is too large for
+    the rewards' scale.
 
     Args:
         policy_epochs: Length of training in epochs.
@@ -83,8 +86,8 @@ class CQL(OfflineLearner):
         target_entropy: What the policy's entropy is held at; null for minus the number of action entries.
         entropy_log_low: Least logarithm of the entropy's temperature; null for none.
         entropy_log_high: Its greatest; null for none.
-        clone_updates: First updates, in which the policy clones the data while the critics learn (the authors' and
-            CORL's warm-up, off by default there; CORL's weighs the policy's own action in place of the data's).
+        clone_epochs: First epochs, in which the policy clones the data while the critics learn; fewer than
+            ``policy_epochs``.
         policy_first: Draw the actions of the critics' losses from the policy after its step, not before.
         actor: The policy's network.
         critic: The critics and their targets.
@@ -103,7 +106,7 @@ class CQL(OfflineLearner):
         target_entropy: float | None = None,
         entropy_log_low: float | None = None,
         entropy_log_high: float | None = None,
-        clone_updates: int = 0,
+        clone_epochs: int = 0,
         policy_first: bool = False,
         actor: ActorOptions = CQL_ACTOR,
         critic: CriticOptions = CQL_CRITIC,
@@ -113,7 +116,7 @@ class CQL(OfflineLearner):
         check_range("model.policy_epochs", policy_epochs, 1)
         check_range("model.alpha", alpha, 0, high_open=True)
         check_range("model.n_actions", n_actions, 1)
-        check_range("model.clone_updates", clone_updates, 0)
+        check_range("model.clone_epochs", clone_epochs, 0, policy_epochs, high_open=True)
         check_range("model.temperature", temperature, 0, low_open=True, high_open=True)
         check_range("model.lr", lr, 0, low_open=True, high_open=True)
         free = {"target_gap": target_gap, "diff_clip": diff_clip, "target_entropy": target_entropy}
@@ -126,7 +129,7 @@ class CQL(OfflineLearner):
         self.policy_epochs, self.alpha, self.target_gap, self.lr = policy_epochs, alpha, target_gap, lr
         self.n_actions, self.temperature, self.importance_sampling = n_actions, temperature, importance_sampling
         self.diff_clip, self.target_entropy, self.policy_first = diff_clip, target_entropy, policy_first
-        self.clone_updates = clone_updates
+        self.clone_epochs = clone_epochs
         self.entropy_log = entropy_log_low, entropy_log_high
         self.actor_options = as_options(CQL_ACTOR, actor)
         self.critic_options = as_options(CQL_CRITIC, critic)
@@ -206,7 +209,7 @@ class CQL(OfflineLearner):
         lessons = None if self.policy_first else self.lessons(batch, policy, for_critics)
         action, log_prob = squash(*policy, for_policy[:, 0])
         temperature = self.entropy_temperature().detach()
-        if self.clone_updates and int(self.updates) < self.clone_updates:
+        if self.clone_epochs and self.policy_epoch < self.clone_epochs:
             merit = squashed_log_prob(batch.action, *policy)
         else:
             merit = self.critic(batch.obs, action, members=slice(None)).amin(dim=0)

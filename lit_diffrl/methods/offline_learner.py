@@ -38,6 +38,11 @@ class OfflineLearner(Method):
         """The only one."""
         return [Phase("policy", self.policy_epochs, "transitions")]
 
+    @property
+    def policy_epoch(self) -> int:
+        """Epochs of the policy's phase that are done: others, of models, come before it."""
+        return self.current_epoch - sum(phase.epochs for phase in self.phases if phase.name != "policy")
+
     def build(self, spec: DatasetSpec) -> None:
         """Set the normalisers; subclasses add their networks."""
         super().build(spec)

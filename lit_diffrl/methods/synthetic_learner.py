@@ -198,7 +198,7 @@ class Synthesis(LentModels):
     def on_train_epoch_start(self) -> None:
         """Refresh the synthetic transitions where it is time to; nothing of the policy changes."""
         super().on_train_epoch_start()
-        epoch = self.current_epoch - sum(p.epochs for p in self.model_phases)
+        epoch = self.policy_epoch
         if epoch < 0 or self.real_ratio == 1 or not self.synthesizes(epoch):
             return
         begun, world = time.perf_counter(), self.trainer.world_size

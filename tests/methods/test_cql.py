@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_learners import ACTION, at_each_step, bandit, batch, built, fit, same, small, weights
+from small_learners import ACTION, at_each_step, bandit, batch, built, fit, same, small, transitions, weights
 from torch import Tensor, nn
 
 from lit_diffrl.errors import ConfigError
@@ -141,7 +141,7 @@ def test_the_losses_of_an_update_and_their_order() -> None:
 
 def test_the_policy_clones_the_data_first_and_climbs_the_critics_afterwards(monkeypatch: Any) -> None:
     """Warm-up: the log-density of the data's actions in place of the least Q of its own; the critics learn as ever."""
-    method, data, losses = built(CQL, clone_updates=1), batch(), []
+    method, data, losses = built(CQL, policy_epochs=2, clone_epochs=1), batch(), []
     with torch.no_grad():
         mean, log_std = method.actor(data.obs)
         density = torch.distributions.Normal(mean, log_std.exp()).log_prob(data.action.atanh())
@@ -163,19 +163,30 @@ def test_the_policy_clones_the_data_first_and_climbs_the_critics_afterwards(monk
     assert losses[0] == ("actor", pytest.approx(float((own.mean() - cloned).detach()), rel=1e-4))
     assert not [a for _, a in watched.asked if a.dim() == 2], "no critic is climbed"
     assert losses[1][0] == "critic" and not same(weights(watched), before)
+    monkeypatch.setattr(CQL, "current_epoch", 1)
     method.training_step(data, 0)
     assert len([a for _, a in watched.asked if a.dim() == 2]) == 1
 
 
-def test_cloning_finds_actions_that_are_worth_nothing() -> None:
-    """In a bandit whose right action earns everything: cloned halves of the data average, climbed critics do not."""
+def test_cloning_finds_the_datas_actions_and_climbing_the_better_ones() -> None:
+    """A bandit with three of four actions near -0.5, all worth nothing, and the others near 0.5, worth 1 each."""
+    draw = torch.Generator().manual_seed(0)
+    side = torch.where(torch.rand(4000, 1, generator=draw) < 0.75, -0.5, 0.5)
+    action = side + 0.05 * torch.randn(4000, 1, generator=draw)
+    data = transitions(torch.zeros(4000, 2), action, (action[:, 0] > 0).float())
     found = []
-    for clone in (300, 0):
+    for clone in (1, 0):
         torch.manual_seed(0)
-        options = small(CQL, alpha=0.1, lr=3e-3, clone_updates=clone, critic={"lr": 3e-3})
-        method: Any = fit(CQL(**options), 300, bandit())
+        options = small(CQL, policy_epochs=2, clone_epochs=clone, alpha=0.1, lr=3e-3, critic={"lr": 3e-3})
+        method: Any = fit(CQL(**options), 300, data)  # one epoch
         found.append(float(method.decide(torch.zeros(1, 2), [0])))
-    assert abs(found[0]) < 0.2 and found[1] > 0.3, found
+    assert -0.5 < found[0] < -0.15 and found[1] > 0.3, found
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_run_that_would_only_clone_is_refused(epochs: int) -> None:
+    with pytest.raises(ConfigError, match=r"model.clone_epochs"):
+        CQL(policy_epochs=2, clone_epochs=epochs)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 3.0])
