@@ -43,7 +43,7 @@ VARIANTS = {
         "--model.q_training isql --model.target.form support --model.support.actions 2",
     ),
     "CQL with a multiplier": ("cql", "--model.target_gap 0.8 --model.critic.backup_candidates 2"),
-    "CQL that clones first": ("cql", "--model.clone_epochs 1"),
+    "CQL that clones first": ("cql", "--model.policy_epochs 2 --model.clone_epochs 1"),
     "EDP-CRR, weights of the batch": (
         "edp_crr",
         "--model.weighting softmax --model.normalize_weights true --model.critic.backup_candidates 2",

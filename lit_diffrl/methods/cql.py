@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 
 from lit_diffrl.data.spec import DatasetSpec
 from lit_diffrl.data.transitions import PolicyBatch
-from lit_diffrl.errors import check_range
+from lit_diffrl.errors import ConfigError, check_range
 from lit_diffrl.methods.base import as_options
 from lit_diffrl.methods.losses import td_loss, td_target
 from lit_diffrl.methods.offline_learner import OfflineLearner
@@ -116,7 +116,12 @@ class CQL(OfflineLearner):
         check_range("model.policy_epochs", policy_epochs, 1)
         check_range("model.alpha", alpha, 0, high_open=True)
         check_range("model.n_actions", n_actions, 1)
-        check_range("model.clone_epochs", clone_epochs, 0, policy_epochs, high_open=True)
+        check_range("model.clone_epochs", clone_epochs, 0)
+        if clone_epochs >= policy_epochs:
+            raise ConfigError(
+                f"model.clone_epochs {clone_epochs} leaves none of model.policy_epochs {policy_epochs} in which "
+                "the policy follows the critics; give fewer, or take BC"
+            )
         check_range("model.temperature", temperature, 0, low_open=True, high_open=True)
         check_range("model.lr", lr, 0, low_open=True, high_open=True)
         free = {"target_gap": target_gap, "diff_clip": diff_clip, "target_entropy": target_entropy}

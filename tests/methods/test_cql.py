@@ -185,7 +185,7 @@ def test_cloning_finds_the_datas_actions_and_climbing_the_better_ones() -> None:
 
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_a_run_that_would_only_clone_is_refused(epochs: int) -> None:
-    with pytest.raises(ConfigError, match=r"model.clone_epochs"):
+    with pytest.raises(ConfigError, match=rf"model.clone_epochs {epochs} leaves none of model.policy_epochs 2"):
         CQL(policy_epochs=2, clone_epochs=epochs)
 
 
