@@ -60,6 +60,7 @@ ACCEPTED: dict[tuple[str, Any], str] = {
     ("world_model_epochs", 0): "a phase that nothing uses is left out",
     ("energy_epochs", 0): "the behaviour model alone, or QGPO's energy beside its critics",
     ("warmup_epochs", 0): "rollouts before the first update",
+    ("clone_epochs", 0): "the policy climbs the critics from the first update on",
     ("corrections", 0): "the single-step model's rollouts alone",
     ("start", 0): "the average begins at the first step",
     ("t_stopgrad", 0): "guidance acts in all steps",
