@@ -44,6 +44,20 @@ def test_the_conservative_term(temperature: float, importance: bool, clip: float
     assert bool(huge.isfinite().all())
 
 
+@pytest.mark.parametrize("gap", [60.0, 90.0, 95.0, 100.0, 300.0])
+def test_gradients_of_the_term_are_0_or_normal_numbers(gap: float) -> None:
+    """An action far below the others counts for nothing; a gradient of 1e-40 in its place would cost time."""
+    q = torch.tensor([[[0.0, 1.0, 2.0, -gap]]], requires_grad=True)
+    term = CQL().conservative(q, torch.zeros(1, 3))
+    (gradient,) = torch.autograd.grad(term.sum(), q)
+    assert gradient[..., -1].item() == 0
+    exact = torch.tensor([1.0, 2.0, -gap], dtype=torch.float64).logsumexp(0)
+    assert float(term) == pytest.approx(float(exact), rel=1e-7)
+    torch.testing.assert_close(gradient[0, 0], torch.tensor([-1.0, 0.2689414, 0.7310586, 0.0]))
+    double = torch.tensor([[[0.0, 1.0, 2.0, -gap]]], dtype=torch.float64)
+    assert float(CQL().conservative(double, torch.zeros(1, 3))) == float(exact)
+
+
 def test_the_sum_over_uniform_actions_estimates_an_integral() -> None:
     """log of the mean of exp(Q) / density: for Q = 2 a over [-1, 1], the logarithm of sinh(2)."""
     action = torch.rand(1, 200_000, dtype=torch.float64) * 2 - 1
